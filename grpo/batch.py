@@ -1,0 +1,82 @@
+"""The typed objects on the arrows of the training loop.
+
+Axes (docs/notation.md): B questions, G completions per question, N = B*G, P prompt tokens, T completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One question as the model sees it: made once, used by rollout, policy and reference alike."""
+
+    id: str  # the question's id
+    prompt_ids: Tensor  # int64 [P], audio placeholders expanded
+    mel: Tensor  # float32 [mel bins, frames], log-mel spectrogram without padding
+    clip_sha256: str  # of the waveform: the rows of a group must agree on it
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer. `token_ids` ends with the stop token unless the length limit cut it (`truncated`)."""
+
+    token_ids: tuple[int, ...]
+    sampler_logp: tuple[float, ...]  # of each token, under the sampler's tempered, banned-id distribution
+    text: str  # without the stop token
+    truncated: bool
+    version: int  # of the weights it was sampled with
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt and its G completions: everything in it shares one question and one clip."""
+
+    prompt: Encoded
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """All that a loss may see, for one micro-batch.
+
+    Entries where `mask_NT` is False are zero and must not matter. `n_tokens` and `n_sequences` are counted once per
+    optimizer step, over all micro-batches and ranks, so that splitting a step changes nothing.
+    """
+
+    logp_NT: Tensor  # current policy, with gradient
+    old_logp_NT: Tensor  # policy at the first update of this rollout
+    sampler_logp_NT: Tensor  # what the rollout engine sampled from
+    ref_logp_NT: Tensor | None  # reference policy; None when no term needs it
+    entropy_NT: Tensor  # of the current policy's next-token distribution, nats
+    advantage_N: Tensor
+    mask_NT: Tensor  # bool; includes the stop token, excludes all after it
+    n_tokens: float
+    n_sequences: float
+
+
+@dataclass(frozen=True)
+class LossOutputs:
+    """`loss` is this micro-batch's share of the step's loss: shares are summed, never averaged.
+
+    `metrics` are per-token values [N, T]. The loop reduces each over the mask of the whole optimizer step: by mean, or
+    by the extremum when the name ends in `/max` or `/min`.
+    """
+
+    loss: Tensor  # scalar, to be minimised
+    per_token_NT: Tensor  # detached
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def pad_rows(rows: Sequence[Sequence[float] | Tensor], width: int | None = None, dtype=torch.float32) -> Tensor:
+    """Stack rows of unequal length into [N, T], zeros on the right."""
+    width = max((len(row) for row in rows), default=0) if width is None else width
+    out = torch.zeros(len(rows), width, dtype=dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.as_tensor(row, dtype=dtype)
+    return out

@@ -1,0 +1,69 @@
+"""Checkpoints that are whole or not there: written under a temporary name, then renamed.
+
+    checkpoints/step-000100/adapter_config.json + adapter_model.safetensors     peft's layout
+                            trainer.json                                        step, quarantined ids, best so far
+                            optimizer.pt | zero/                                grpo/engine.py
+    checkpoints/best.json, last.json                                            which folder is which
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last, and the best by held-out accuracy."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def save(self, step: int, policy, engine, state: dict, *, best: bool) -> None:
+        """Write the state after `step` optimizer steps; every rank must call. Older ones but the best are removed."""
+        temporary, final = self.folder / f".tmp-{step:06d}", self.folder / f"step-{step:06d}"
+        if engine.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        engine.gather([])  # no rank writes before the folder stands
+        with engine.gathered():
+            if engine.rank == 0:
+                policy.save_adapter(temporary)
+        engine.save_state(temporary)
+        engine.gather([])
+        if engine.rank == 0:
+            write_json(temporary / "trainer.json", {"step": step, **state})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            write_json(self.folder / "last.json", {"folder": final.name})
+            if best:
+                write_json(self.folder / "best.json", {"folder": final.name})
+            keep = {self._named("last"), self._named("best")}
+            for old in self.folder.glob("step-*"):
+                if old not in keep:
+                    shutil.rmtree(old)
+        engine.gather([])
+
+    def load(self, policy, engine) -> dict | None:
+        """Put the last checkpoint back and return its state; None when the run has none."""
+        folder = self._named("last")
+        if folder is None:
+            return None
+        with engine.gathered():
+            policy.load_adapter(load_file(folder / "adapter_model.safetensors"))
+        engine.load_state(folder)
+        return json.loads((folder / "trainer.json").read_text())
+
+    def _named(self, which: str) -> Path | None:
+        pointer = self.folder / f"{which}.json"
+        return self.folder / json.loads(pointer.read_text())["folder"] if pointer.exists() else None
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)

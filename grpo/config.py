@@ -1,0 +1,157 @@
+"""From a composed Hydra config to checked objects: wrong keys and types are one clear line before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration: names the key, what is wrong with it and what would be right."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The short daily keys. Everything else lives in config groups."""
+
+    steps: int  # rollouts; each makes `updates` optimizer steps
+    seed: int  # of LoRA's A, question order and sampling
+    questions: int  # B: questions per step, over all ranks
+    generations: int  # G: completions per question
+    micro_questions: int  # questions per forward/backward on a rank
+    updates: int  # optimizer steps per rollout (mu)
+    max_tokens: int  # length limit of a completion
+    temperature: float
+    think_words: int  # word budget of the thought, in the prompt and in the length reward
+    resume: bool
+    dry_run: bool
+    stop_at: int | None  # stop after this step as if interrupted; resume=true goes on
+    eval_every: int
+    eval_batch: int
+    checkpoint_every: int
+    log_every: int
+    samples_every: int
+
+    def __post_init__(self):
+        for name in ("questions", "generations", "micro_questions", "updates", "max_tokens", "think_words",
+                     "eval_every", "eval_batch", "checkpoint_every", "log_every", "samples_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name.replace('_every', '.every')} must be at least 1, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature must be above 0, got {self.temperature}")
+        if self.generations < 2:
+            raise ConfigError("generations must be at least 2: a group of one has no advantage")
+
+    def check_ranks(self, world: int) -> int:
+        """Micro-batches per optimizer step on each of `world` ranks. Raises ConfigError where the split is uneven."""
+        if self.questions % world:
+            raise ConfigError(f"questions={self.questions} cannot be shared evenly by {world} ranks")
+        share = self.questions // world
+        if share % min(self.micro_questions, share):
+            raise ConfigError(f"micro_questions={self.micro_questions} does not divide the {share} questions of a rank")
+        return share // min(self.micro_questions, share)
+
+
+def settings(cfg: DictConfig) -> Settings:
+    """Read and check the short keys (`eval.every` becomes `eval_every`)."""
+    values = {}
+    hints = typing.get_type_hints(Settings)
+    for f in fields(Settings):
+        key = f.name.replace("_", ".", 1) if f.name.split("_")[0] in ("eval", "checkpoint", "log", "samples") else f.name
+        values[f.name] = check_type(key, OmegaConf.select(cfg, key), hints[f.name])
+    return Settings(**values)
+
+
+def check_type(key: str, value, hint):
+    """`value` if it is of the annotated plain type (an int passes as a float), else ConfigError naming the key."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    if not all(o in (int, float, bool, str, type(None)) for o in options):
+        return value  # not a plain type: the component checks it itself
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if any(value is None if o is type(None) else isinstance(value, o) and (o is not int or not isinstance(value, bool))
+           for o in options):  # fmt: skip
+        return value
+    names = " or ".join("null" if o is type(None) else o.__name__ for o in options)
+    raise ConfigError(f"{key} must be {names}, got {value!r}")
+
+
+def check_targets(node, key: str = "", positional: Mapping[str, tuple[str, ...]] | None = None) -> None:
+    """Walk a config and bind every `_target_` to its function's signature, long before it is called.
+
+    A partial is otherwise accepted with wrong arguments and fails at its first call, after a whole rollout.
+    Raises ConfigError with the key, the argument and its nearest right spelling.
+    """
+    if OmegaConf.is_list(node) or isinstance(node, list):
+        for i, item in enumerate(node):
+            check_targets(item, f"{key}[{i}]")
+        return
+    if not isinstance(node, dict | DictConfig):
+        return
+    for name, child in node.items():
+        check_targets(child, f"{key}.{name}" if key else str(name))
+    if "_target_" not in node:
+        return
+    target = node["_target_"]
+    try:
+        function = get_object(target)
+    except Exception as error:
+        raise ConfigError(f"{key}._target_: cannot import {target!r} ({str(error).splitlines()[0]})") from error
+    signature = inspect.signature(function)
+    given = {k: v for k, v in node.items() if not (k.startswith("_") and k.endswith("_"))}
+    known = {n for n, p in signature.parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+                raise ConfigError(f"{key}.{name}: {target} takes no such argument; {hint}")
+    try:
+        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except Exception:
+        hints = {}  # an annotation that needs imports of its own module: nothing to check against
+    for name, value in given.items():
+        if name in hints and not OmegaConf.is_config(value):
+            check_type(f"{key}.{name}", value, hints[name])
+
+
+def check_call(key: str, function: Callable, *positional: str) -> None:
+    """Raise ConfigError unless `function(*positional)` could be called: missing or surplus arguments are named."""
+    inner = function.func if isinstance(function, partial) else function
+    try:
+        inspect.signature(function).bind(*positional)
+    except TypeError as error:
+        raise ConfigError(f"{key}: {getattr(inner, '__name__', inner)}({', '.join(positional)}): {error}") from error
+
+
+def build(node: DictConfig, key: str, **extra):
+    """Instantiate one config node; a ValueError of the component is reported with the node's key."""
+    try:
+        return instantiate(node, **extra)
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, ValueError | TypeError | FileNotFoundError):
+            raise ConfigError(f"{key}: {cause}") from error
+        raise
+
+
+def run_name(name: str | None, resume: bool, root: str) -> str:
+    """Folder of a run under `root`: its name; without one the newest when resuming, else the time of day."""
+    if name:
+        return str(name)
+    if resume:
+        runs = [p for p in Path(root).glob("*") if (p / "checkpoints" / "last.json").exists()]
+        if not runs:
+            raise ConfigError(f"resume=true, but no run under {root}/ has a checkpoint")
+        return max(runs, key=lambda p: (p / "checkpoints" / "last.json").stat().st_mtime).name
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

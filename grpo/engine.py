@@ -1,0 +1,149 @@
+"""Backward, reduce, clip and step: the only door to DeepSpeed.
+
+One place knows what DeepSpeed divides by. Losses arrive as shares of the whole step's loss (grpo/loss/aggregate.py), so
+shares must be SUMMED over micro-batches and ranks; DeepSpeed averages over ranks, which `backward` undoes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+
+def start_distributed() -> tuple[int, int]:
+    """Join the process group of torchrun, or make one of a single process. Returns (rank, world size)."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if not dist.is_initialized():
+        # The shared-memory collectives need a compiler at run time and change no number; gloo is enough on CPU.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def zero_config(*, stage: int, micro_batches: int, clip: float, dtype: str, world: int) -> dict:
+    """DeepSpeed's configuration. Every default that changes numbers is set on purpose."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "train_batch_size": micro_batches * world,
+        "gradient_clipping": clip,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            # DeepSpeed's own linear shifts bf16 log-probs by 1e-2, away from the rollout engine's.
+            "memory_efficient_linear": False,
+            # 0: also small tensors are really partitioned, so that tests on tiny models exercise what 7B does.
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+
+
+class Engine:
+    """A policy under DeepSpeed with AdamW.
+
+    Args:
+        optimizer: partial of a torch optimizer, called with the trainable parameters.
+        stage: ZeRO stage 0-3.
+        micro_batches: backward passes per optimizer step.
+        clip: gradient norm above which gradients are scaled down.
+    """
+
+    def __init__(self, policy: nn.Module, optimizer: Callable, config: Mapping):
+        self.policy, self.config = policy, dict(config)
+        self.stage = config["zero_optimization"]["stage"]
+        self.clip, self.micro_batches = config["gradient_clipping"], config["gradient_accumulation_steps"]
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        self.optimizer = optimizer(list(self.trainable.values()))
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=policy, optimizer=self.optimizer, model_parameters=list(self.trainable.values()), config=dict(config)
+        )
+
+    def __call__(self, *args):
+        """Forward of the policy, through the hooks that gather ZeRO-3's partitions."""
+        return self.deepspeed(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of the step's loss."""
+        self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
+
+    def end_micro_batch(self) -> None:
+        """Tell DeepSpeed that a micro-batch other than the last is done."""
+        self.deepspeed.step()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by parameter name, before clipping; after the last backward of a step, on all ranks."""
+        return {n: safe_get_full_grad(p).detach().float().clone() for n, p in self.trainable.items()}
+
+    def step(self, lr: float) -> float:
+        """Clip, step, zero the gradients. Returns the gradient norm before clipping.
+
+        Raises FloatingPointError before anything is changed if the norm is not finite (ZeRO stage 0).
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        norm = None
+        if self.stage == 0 and not self.config["bf16"]["enabled"]:
+            norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in self.trainable.values()])).item()
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"gradient norm is {norm}: the step was not taken")
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm()) if norm is None else norm
+
+    # ---------------------------------------------------------------- between ranks
+
+    def reduce(self, values: Mapping[str, float], how: str = "sum") -> dict[str, float]:
+        """Sum, max or min of each value over the ranks, in float64. The same keys must be given on every rank."""
+        if self.world == 1:
+            return dict(values)
+        packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.deepspeed.device)
+        dist.all_reduce(packed, op=getattr(dist.ReduceOp, how.upper()))
+        return dict(zip(values, packed.tolist(), strict=True))
+
+    def gather(self, items: list) -> list:
+        """The ranks' lists joined in rank order, on every rank."""
+        if self.world == 1:
+            return list(items)
+        parts: list = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def gathered(self):
+        """Context in which trainable parameters are whole on every rank (a no-op below ZeRO-3)."""
+        return deepspeed.zero.GatheredParameters(list(self.trainable.values()), enabled=self.stage == 3)
+
+    # ---------------------------------------------------------------- optimizer state
+
+    def save_state(self, folder: Path) -> None:
+        """Write the optimizer's state: plain tensors at stage 0, DeepSpeed's own partitions above."""
+        if self.stage:
+            self.deepspeed.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
+        elif self.rank == 0:
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+
+    def load_state(self, folder: Path) -> None:
+        """Put the optimizer's state back. Raises FileNotFoundError if it was saved under another kind of stage."""
+        kind = "zero" if self.stage else "optimizer.pt"
+        if not (folder / kind).exists():
+            raise FileNotFoundError(f"{folder} holds no {kind}: it was saved with another engine= than stage {self.stage}")
+        if self.stage:
+            self.deepspeed.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
+        else:
+            self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))

@@ -1,0 +1,75 @@
+"""What is optimised. GRPO, DeepSeekMath (arXiv 2402.03300) eq. 3, to be minimised:
+
+    L = aggregate_{i,t} [ - min(ρ_{i,t} A_i, clip(ρ_{i,t}, 1-ε, 1+ε) A_i) + β k3_{i,t} ]
+
+    ρ_{i,t} = π_θ / π_old  token ratio            A_i     advantage of completion i in its group
+    k3      KL estimator against the reference    β       weight of the KL term
+
+Departures from the paper: (1) old = detach(new) when there is one update per rollout, the same gradient without a
+second forward pass; (2) the aggregate's denominator is that of the whole optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grpo.batch import LossInputs, LossOutputs
+from grpo.loss.formula import describe
+from grpo.loss.surrogate import clip_fractions
+
+
+class Objective:
+    """ratio -> surrogate -> + beta KL -> aggregate. Each piece is a pure function chosen in `conf/loss/NAME.yaml`.
+
+    Args:
+        beta: weight of the KL term; 0 leaves the reference pass out altogether.
+        ratio: (LossInputs) -> ratio_NT
+        surrogate: (LossInputs, ratio_NT) -> objective_NT, to be maximised
+        kl: (LossInputs, ratio_NT) -> kl_NT
+        aggregate: (loss_NT, LossInputs) -> scalar share of the step's loss
+        mask_truncated: leave completions that the length limit cut out of the loss (they still count as sequences).
+    """
+
+    # What each piece is called with: the start-up check binds these against the user's functions.
+    calls = {"ratio": ("x",), "surrogate": ("x", "ratio_NT"), "kl": ("x", "ratio_NT"), "aggregate": ("loss_NT", "x")}
+
+    def __init__(self, *, beta: float, ratio: Callable, surrogate: Callable, kl: Callable, aggregate: Callable,
+                 mask_truncated: bool = False):  # fmt: skip
+        if beta < 0:
+            raise ValueError(f"loss.beta must be at least 0, got {beta}")
+        self.beta, self.ratio, self.surrogate, self.kl, self.aggregate = beta, ratio, surrogate, kl, aggregate
+        self.mask_truncated = mask_truncated
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0
+
+    def __call__(self, x: LossInputs) -> LossOutputs:
+        ratio_NT = self.ratio(x)
+        loss_NT = -self.surrogate(x, ratio_NT)
+        metrics = self._diagnose(x, ratio_NT)
+        if self.needs_reference:
+            kl_NT = self.kl(x, ratio_NT)
+            loss_NT = loss_NT + self.beta * kl_NT
+            metrics["kl"] = kl_NT.detach()
+        return LossOutputs(self.aggregate(loss_NT, x), loss_NT.detach(), metrics)
+
+    @torch.no_grad()
+    def _diagnose(self, x: LossInputs, ratio_NT: Tensor) -> dict[str, Tensor]:
+        metrics = {"entropy": x.entropy_NT, "ratio/mean": ratio_NT, "ratio/max": ratio_NT, "ratio/min": ratio_NT}
+        clips = getattr(self.surrogate, "keywords", {})
+        if {"clip_low", "clip_high"} <= clips.keys():
+            metrics |= clip_fractions(x, ratio_NT, clip_low=clips["clip_low"], clip_high=clips["clip_high"])
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def describe(self) -> str:
+        """The objective as an equation with its numbers, for the first lines of a run."""
+        kl = f" + {self.beta:g}·{describe(self.kl)}" if self.needs_reference else ""
+        cut = "; completions cut by the length limit are masked" if self.mask_truncated else ""
+        return (
+            f"minimise  {describe(self.aggregate)} of  [ -{describe(self.surrogate)}{kl} ]\n"
+            f"with      {describe(self.ratio)}{cut}"
+        )

@@ -1,0 +1,265 @@
+"""One training run: builds every part from the config, then steps, evaluates, logs and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import resource
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from data.sampler import Sampler
+from grpo import loop
+from grpo.checkpoint import Checkpoints, write_json
+from grpo.config import ConfigError, Settings, build, check_call, settings
+from grpo.display import Display
+from grpo.engine import Engine, start_distributed, zero_config
+from grpo.evaluate import accuracy
+from grpo.loss.formula import describe
+from grpo.policy import Policy
+from grpo.report import closing_lines, curves
+from grpo.tracking import NoTracker, RunLog
+from rewards.accuracy import accuracy as answer_is_right
+
+# Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
+FREE_ON_RESUME = {"resume", "stop_at", "name", "tracking", "checkpoint", "log", "samples", "cache", "dry_run"}
+
+
+class Clock:
+    """Seconds spent in each named stage since the last `take`."""
+
+    def __init__(self):
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str):
+        start = time.perf_counter()
+        yield
+        self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        spent, self.spent = self.spent, {}
+        return {f"time/{stage}": seconds for stage, seconds in spent.items()}
+
+
+class Run:
+    """All that one iteration needs (grpo/loop.py), built from a composed config."""
+
+    settings: Settings
+
+    def __init__(self, cfg: DictConfig, folder: Path, display: Display):
+        self.cfg, self.folder, self.display = cfg, folder, display
+        self.settings = s = settings(cfg)
+        self.rank, self.world = start_distributed()
+        micro_batches = s.check_ranks(self.world)
+        random.seed(s.seed), np.random.seed(s.seed), torch.manual_seed(s.seed)
+
+        self.advantage = build(cfg.advantage, "advantage")
+        check_call("advantage", self.advantage, "reward_BG")
+        self.objective = build(cfg.loss, "loss")
+        for piece, positional in getattr(self.objective, "calls", {}).items():
+            check_call(f"loss.{piece}", getattr(self.objective, piece), *positional)
+        self.rewards = build(cfg.rewards, "rewards")
+        self.schedule = build(cfg.optim.schedule, "optim.schedule")
+
+        self.dataset = build(cfg.data, "data")
+        self.sampler = Sampler(self.dataset.train, s.questions, s.seed)
+        self.quarantined: dict[str, str] = {p.id: p.reason for p in self.dataset.problems if p.id}
+
+        prompt = build(cfg.prompt, "prompt")
+        path = prepare_model(cfg, self.dataset, prompt, self.rank, self.world, display)
+        zero = zero_config(stage=cfg.engine.stage, micro_batches=micro_batches, clip=cfg.optim.clip,
+                           dtype=cfg.model.dtype, world=self.world)  # fmt: skip
+        self.policy = Policy(
+            path, OmegaConf.to_container(cfg.model.lora) | {"seed": s.seed}, prompt=prompt, dtype=cfg.model.dtype,
+            temperature=s.temperature, device=f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu",
+            gradient_checkpointing=cfg.model.gradient_checkpointing, forward=cfg.model.forward,
+            attention=cfg.model.attention, zero3=zero if cfg.engine.stage == 3 else None,
+        )  # fmt: skip
+        self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
+        self.rollout = build(cfg.rollout, "rollout", policy=self.policy)
+        self.sync = build(cfg.sync, "sync", policy=self.policy, rollout=self.rollout)
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.clock = Clock()
+        self.version = self.tokens = 0
+
+    def encode(self, question):
+        """Question -> Encoded. Raises ClipError when its audio cannot be read."""
+        return self.policy.encode(question, self.dataset.clip(question))
+
+    def quarantine(self, failed: list[tuple[str, str, str]]) -> None:
+        """Leave questions out from now on, visibly; stop the run when they become too many."""
+        for name, reason, message in failed:
+            self.quarantined[name] = reason
+            self.display.say(f"quarantined {name} ({reason}): {message}")
+        limit = self.cfg.data.get("max_bad_fraction", 0.01) * len(self.dataset.train)
+        bad = len(set(self.quarantined) & {q.id for q in self.dataset.train})
+        if bad > limit:
+            raise RuntimeError(f"{bad} of {len(self.dataset.train)} training clips could not be read, more than "
+                               f"data.max_bad_fraction allows; look at them with `python -m data.check`")  # fmt: skip
+
+    def heldout_accuracy(self) -> float:
+        with self.clock("evaluate"):
+            return accuracy(
+                self.dataset.eval, self.encode, self.rollout, self.engine, max_tokens=self.settings.max_tokens,
+                batch=self.settings.eval_batch,
+                correct=lambda text, q: answer_is_right(text, choices=q.choices, answer=q.answer),
+            )  # fmt: skip
+
+    def header(self) -> str:
+        """The first lines of a run: exactly what is optimised, on what, by which weights."""
+        s = self.settings
+        trained = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in self.engine.trainable.values())
+        loss = self.objective.describe() if hasattr(self.objective, "describe") else describe(self.objective)
+        return (
+            f"objective {loss}\n"
+            f"          {describe(self.advantage)}\n"
+            f"reward    r = {self.rewards.describe()}\n"
+            f"step      {s.questions} questions x {s.generations} completions at temperature {s.temperature:g}, "
+            f"{s.updates} update(s); old = {'detach(new)' if s.updates == 1 else 'the first update of the rollout'}\n"
+            f"policy    {self.cfg.model.name}, {trained:,} LoRA weights on {len(self.engine.trainable) // 2} modules, "
+            f"{self.cfg.model.dtype}, ZeRO-{self.engine.stage}, {self.world} rank(s)\n"
+            f"data      {len(self.dataset.train)} training and {len(self.dataset.eval)} held-out questions, "
+            f"{len(self.dataset.problems)} left out, audio: {self.cfg.data.audio}, fingerprint {self.dataset.fingerprint}"
+        )
+
+    # ---------------------------------------------------------------- the whole run
+
+    def train(self) -> dict:
+        """Train to `steps` (or `stop_at`) and return the summary."""
+        s, show = self.settings, self.display
+        began = time.perf_counter()
+        show.say(self.header())
+        state = self._restore() if s.resume else None
+        if state is None and (self.folder / "metrics.jsonl").exists():
+            raise ConfigError(f"{self.folder} already holds a run: choose another name=, or continue it with resume=true")
+        first = state["step"] if state else 0
+        tracker = build(self.cfg.tracking, "tracking") if self.rank == 0 else NoTracker()
+        tracker.start(self.folder, OmegaConf.to_container(self.cfg, resolve=True), self.folder.name)
+        log = RunLog(self.folder, tracker, first) if self.rank == 0 else None
+        if state is None:
+            write_provenance(self.cfg, self.folder, self.dataset.fingerprint, self.rank)
+            start = self.heldout_accuracy()
+            state = {"accuracy/start": start, "accuracy/best": start, "accuracy/final": start, "completions": 0}
+            if self.rank == 0:
+                log.metrics(-1, {"accuracy/heldout": start})
+        show.say(f"held-out accuracy at the start: {state['accuracy/start']:.3f}")
+        show.start("train", s.steps, first)
+
+        end = min(s.steps, s.stop_at or s.steps)
+        for step in range(first, end):
+            metrics, rows = loop.step(self, step)
+            state["completions"] += s.questions * s.generations
+            last = step + 1 == end
+            best = False
+            if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
+                state["accuracy/final"] = metrics["accuracy/heldout"] = self.heldout_accuracy()
+                best = state["accuracy/final"] > state["accuracy/best"]
+                state["accuracy/best"] = max(state["accuracy/best"], state["accuracy/final"])
+            metrics |= {"num_tokens": self.tokens, "epoch": self.sampler.epoch(step + 1),
+                        "quarantined": len(self.quarantined)}  # fmt: skip
+            if best or last or (step + 1) % s.checkpoint_every == 0:
+                with self.clock("checkpoint"):
+                    self.checkpoints.save(step + 1, self.policy, self.engine, state | self._progress(), best=best)
+            times = self.clock.take()
+            metrics |= times | {"step_time": sum(times.values())}
+            rows = self.engine.gather(rows)
+            if self.rank == 0:
+                log.metrics(step, metrics)
+                log.samples(rows)
+                if (step + 1) % s.samples_every == 0 or step == first:
+                    show.samples(step, rows[: min(s.generations, 4)])
+                    log.sample_table(step, rows[: s.generations])
+                show.update(step + 1, self._figures(metrics, state))
+        show.stop()
+        summary = self._summary(state, end, time.perf_counter() - began)
+        if self.rank == 0:
+            log.summary(summary)
+            curves(self.folder)
+            show.say(closing_lines(summary, self.folder))
+        self.rollout.close()
+        return summary
+
+    def _figures(self, metrics: Mapping[str, float], state: Mapping) -> dict[str, float]:
+        shown = {"reward": metrics["reward"], "right": metrics.get("rewards/accuracy/mean"),
+                 "held-out": state["accuracy/final"], "tokens": metrics["completions/mean_length"],
+                 "kl": metrics.get("kl"), "s/step": metrics["step_time"]}  # fmt: skip
+        return {name: value for name, value in shown.items() if value is not None}
+
+    def _progress(self) -> dict:
+        return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version}
+
+    def _restore(self) -> dict | None:
+        state = self.checkpoints.load(self.policy, self.engine)
+        if state is None:
+            return None
+        saved = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
+        mine = OmegaConf.to_container(self.cfg, resolve=True)
+        odd = [k for k in saved.keys() | mine.keys() if k not in FREE_ON_RESUME and saved.get(k) != mine.get(k)]
+        if odd:
+            raise ConfigError(f"resume=true, but {', '.join(sorted(odd))} differ from {self.folder}/config.yaml: "
+                              f"give the same overrides as before, or start a new run")  # fmt: skip
+        self.tokens, self.version = state.pop("tokens"), state.pop("version")
+        self.quarantined = state.pop("quarantined")
+        self.sync.push(self.version)
+        self.display.say(f"resumed {self.folder} after step {state['step']}")
+        return state
+
+    def _summary(self, state: dict, steps: int, seconds: float) -> dict:
+        questions = self.dataset.eval
+        usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        summary = {k: state[k] for k in ("accuracy/start", "accuracy/final", "accuracy/best", "completions")}
+        summary |= {
+            "accuracy/chance": sum(1 / len(q.choices) for q in questions) / len(questions),
+            "questions/heldout": len(questions), "steps": steps, "tokens": self.tokens, "seconds": seconds,
+            "peak_memory_bytes": max(usage) * 1024, "quarantined": len(self.quarantined),
+        }  # fmt: skip
+        if self.rank == 0:
+            rows = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            reward = [r["reward"] for r in map(json.loads, rows) if "reward" in r] or [float("nan")]
+            summary |= {"reward/first": float(np.mean(reward[:10])), "reward/last": float(np.mean(reward[-10:]))}
+        return summary
+
+
+def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, display: Display) -> str:
+    """Path of the checkpoint to train: as configured, or a tiny one built and warm-started into the cache."""
+    if "tiny" not in cfg.model:
+        return str(cfg.model.path)
+    from grpo.tiny import prepared
+
+    def report(step: int, loss: float) -> None:
+        display.update(step + 1, {"loss": loss})
+
+    tiny = OmegaConf.to_container(cfg.model.tiny, resolve=True)
+    if rank == 0:
+        display.start("warm start", tiny["warm_start"]["steps"])
+        path = prepared(Path(cfg.cache), tiny, dataset, prompt, seed=cfg.seed, report=report)
+        display.stop()
+    if world > 1:
+        torch.distributed.barrier()
+        path = prepared(Path(cfg.cache), tiny, dataset, prompt, seed=cfg.seed, report=report)
+    return str(path)
+
+
+def write_provenance(cfg: DictConfig, folder: Path, fingerprint: str, rank: int) -> None:
+    """The resolved config, versions, commit and data fingerprint: what a reader of the numbers has to know."""
+    if rank:
+        return
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    names = ("torch", "transformers", "peft", "deepspeed", "numpy", "soundfile", "torchaudio", "hydra-core")
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+    write_json(folder / "provenance.json", {
+        "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
+        "machine": platform.machine(), "threads": torch.get_num_threads(),
+        "git_commit": git.stdout.strip() if git.returncode == 0 else None, "data_fingerprint": fingerprint,
+    })  # fmt: skip

@@ -1,0 +1,52 @@
+"""Supervised warm start: teaches a random model the answer format and nothing about sound.
+
+Each lesson is a well-formed completion whose thought is drawn from a few sentences and whose answer is an option drawn
+at random: no label depends on the audio, so all that the model knows of listening afterwards it learned from rewards.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+
+from grpo.batch import Completion, Encoded, Group
+
+THOUGHTS = ["I hear one sound.", "I listen and compare.", "Which option could it be?", "One option fits it best."]
+ELEMENTS = ["One source.", "A short event.", "No speech."]
+
+
+def lesson(choices: Sequence[str], rng: random.Random) -> str:
+    """A completion in the right format with a randomly chosen option, blind to the clip."""
+    return (
+        f"<think>{rng.choice(THOUGHTS)}</think>\n<semantic_elements>{rng.choice(ELEMENTS)}</semantic_elements>\n"
+        f"<answer>{rng.choice(list(choices))}</answer>"
+    )
+
+
+def warm_start(policy, questions: Sequence, encode: Callable[[object], Encoded], *, steps: int, batch: int, lr: float,
+               seed: int, report: Callable[[int, float], None] = lambda step, loss: None) -> None:  # fmt: skip
+    """Fine-tune the language model (not the audio tower) of `policy` on lessons for `questions`, in place."""
+    rng = random.Random(seed)
+    parameters = [*policy.thinker.model.parameters(), *policy.thinker.lm_head.parameters()]
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
+    policy.train()
+    stop = policy.stop_ids[0]
+    for step in range(steps):
+        groups = []
+        for question in rng.sample(list(questions), batch):
+            ids = (*policy.tokenizer(lesson(question.choices, rng))["input_ids"], stop)
+            groups.append(Group(encode(question), (Completion(ids, (0.0,) * len(ids), "", False, 0),)))
+        logp_NT, _ = policy(groups, policy.encode_audio([g.prompt for g in groups]))
+        loss = -logp_NT.sum() / (logp_NT != 0).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        report(step, loss.item())
+    policy.requires_grad_(False)

@@ -1,0 +1,98 @@
+"""What a run writes: metrics.jsonl, samples.jsonl, summary.json, and wandb. The only door to wandb."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from grpo.checkpoint import write_json
+
+
+class RunLog:
+    """The files of one run. On resume, lines from `first_step` on are dropped: they will be written again."""
+
+    def __init__(self, folder: Path, tracker, first_step: int = 0):
+        self.folder, self.tracker = Path(folder), tracker
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            self._keep_before(self.folder / name, first_step)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._append("metrics.jsonl", {"step": step, **values})
+        self.tracker.log(step, values)
+
+    def samples(self, rows: list[dict]) -> None:
+        for row in rows:
+            self._append("samples.jsonl", row)
+
+    def sample_table(self, step: int, rows: list[dict]) -> None:
+        self.tracker.table(step, rows)
+
+    def summary(self, values: Mapping) -> None:
+        write_json(self.folder / "summary.json", dict(values))
+        self.tracker.finish(values)
+
+    def _append(self, name: str, row: Mapping) -> None:
+        # JSON has no NaN: a value that is none is written as null, and can be seen to be.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+
+    @staticmethod
+    def _keep_before(path: Path, first_step: int) -> None:
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the half line of a killed run
+            if row["step"] < first_step:
+                kept.append(line)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+
+
+class NoTracker:
+    """Nothing beyond the run folder's own files."""
+
+    def start(self, folder: Path, config: dict, name: str) -> None: ...
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def table(self, step: int, rows: list[dict]) -> None: ...
+
+    def finish(self, summary: Mapping) -> None: ...
+
+
+class Wandb:
+    """Weights & Biases. `mode="offline"` writes into the run folder and needs neither account nor network."""
+
+    def __init__(self, *, mode: str = "offline", project: str = "audsem-grpo"):
+        if mode not in ("offline", "online"):
+            raise ValueError(f"tracking.mode must be 'offline' or 'online', got {mode!r}")
+        self.mode, self.project, self.run = mode, project, None
+
+    def start(self, folder: Path, config: dict, name: str) -> None:
+        import wandb  # 0.5 s that tracking=none does without
+
+        settings = wandb.Settings(silent=True, console="off")
+        self.run = wandb.init(dir=str(folder), mode=self.mode, project=self.project, name=name, config=config,
+                              settings=settings)  # fmt: skip
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def table(self, step: int, rows: list[dict]) -> None:
+        import wandb
+
+        columns = ["step", "question", "gold", "completion", "reward", "advantage", *rows[0]["rewards"]]
+        cells = [[*(row[c] for c in columns[:6]), *row["rewards"].values()] for row in rows]
+        self.run.log({"samples": wandb.Table(columns=columns, data=cells)}, step=step)
+
+    def finish(self, summary: Mapping) -> None:
+        self.run.summary.update(dict(summary))
+        self.run.finish()

@@ -1,0 +1,66 @@
+"""Entry point: `python -m grpo.train [key=value ...]`. Composes the config, checks it, runs. `--help` lists the keys."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+
+def guard_packages() -> None:
+    """`data`, `rewards` and `conf` are common names: make sure that ours, beside `grpo`, are the ones imported."""
+    import conf
+    import data
+    import rewards
+
+    home = Path(__file__).resolve().parent.parent
+    for package in (data, rewards, conf):
+        found = Path(package.__file__ or list(package.__path__)[0]).resolve()
+        if home not in found.parents:
+            sys.exit(f"the package {package.__name__!r} was imported from {found}, not from {home}: start from another "
+                     f"folder, or rename what shadows it")  # fmt: skip
+
+
+@hydra.main(config_path="pkg://conf", config_name="train", version_base="1.3")
+def run(cfg: DictConfig) -> None:
+    # Imported here: --help and --cfg answer without waiting for torch.
+    from grpo.config import ConfigError, check_targets
+    from grpo.display import Display
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    display = Display(int(os.environ.get("RANK", 0)), cfg.log.every)
+    try:
+        OmegaConf.resolve(cfg)
+        check_targets(cfg)
+        if cfg.dry_run:
+            from grpo.dryrun import dry_run
+
+            dry_run(cfg, display)
+            return
+        from grpo.run import Run
+
+        Run(cfg, folder, display).train()
+    except ConfigError as error:
+        display.stop()
+        if HydraConfig.get().mode.name == "MULTIRUN":
+            raise  # the other jobs go on; this one is listed as failed
+        sys.exit(f"error: {error}")
+
+
+def main() -> None:
+    from grpo.config import ConfigError, run_name
+
+    guard_packages()
+    OmegaConf.register_new_resolver("run_name", run_name)
+    try:
+        run()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
