@@ -89,3 +89,13 @@ def group_metrics(groups: Sequence[Group], reward_BG: Tensor, component_NR: Tens
         out[f"rewards/{name}/mean"] = mean
         out[f"rewards/{name}/std"] = max(s[f"2/{name}"] / n - mean**2, 0.0) ** 0.5
     return out
+
+
+def as_markdown() -> str:
+    """docs/metrics.md: `python -m grpo.metrics > docs/metrics.md`."""
+    rows = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in MEANING.items())
+    return f"# Metrics\n\nOne line a step in `metrics.jsonl`, the same names in wandb.\n\n| name | meaning |\n|---|---|\n{rows}"
+
+
+if __name__ == "__main__":
+    print(as_markdown())

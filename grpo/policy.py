@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import GenerationConfig, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import DynamicCache, GenerationConfig, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -224,11 +224,20 @@ class Policy(nn.Module):
         for row, m, p in zip(ids, mask, prompts, strict=True):  # generate wants the padding on the left
             row[length - len(p.prompt_ids) :] = p.prompt_ids
             m[length - len(p.prompt_ids) :] = 1
+        mask = mask.to(self.device)
         with torch.no_grad():
             embeds = self.embed(ids.to(self.device), self.encode_audio(prompts))
+            # The prompt is computed once per question, all but its last token; the copies start from its keys and values.
+            cache = DynamicCache(config=self.thinker.config.get_text_config())
+            position = (mask.cumsum(-1) - 1).clamp_min(0)[None].expand(3, -1, -1)
+            self.thinker.model(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache,
+                               position_ids=position[..., :-1], use_cache=True)  # fmt: skip
+            cache.batch_repeat_interleave(copies)
+            self.thinker.rope_deltas = torch.zeros(len(ids) * copies, 1, dtype=torch.long, device=self.device)
             out = self.thinker.generate(
                 inputs_embeds=embeds.repeat_interleave(copies, 0),
-                attention_mask=mask.to(self.device).repeat_interleave(copies, 0),
+                attention_mask=mask.repeat_interleave(copies, 0),
+                past_key_values=cache,
                 logits_processor=[choose],
                 # A config of our own: the checkpoint's may carry a repetition penalty or top-k, which bias the ratio.
                 generation_config=GenerationConfig(

@@ -13,8 +13,8 @@ import torch
 
 from grpo.batch import Completion, Encoded, Group
 
-THOUGHTS = ["I hear one sound.", "I listen and compare.", "Which option could it be?", "One option fits it best."]
-ELEMENTS = ["One source.", "A short event.", "No speech."]
+THOUGHTS = ["I listen and choose one option."]
+ELEMENTS = ["One sound."]
 
 
 def lesson(choices: Sequence[str], rng: random.Random) -> str:

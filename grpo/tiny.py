@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -76,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build(folder: Path, texts: Iterable[str], *, hidden=128, layers=2, audio_hidden=64, audio_layers=2, vocab_size=512,
+def build(folder: Path, texts: Iterable[str], *, hidden=128, layers=2, audio_hidden=256, audio_layers=1, vocab_size=640,
           max_seconds=10, seed=0) -> None:  # fmt: skip
     """Write a checkpoint into `folder`. Same arguments, same bytes. Raises ValueError if hidden is no multiple of 32."""
     if hidden % 32:
@@ -117,9 +118,30 @@ def build(folder: Path, texts: Iterable[str], *, hidden=128, layers=2, audio_hid
             for name, p in model.named_parameters():
                 if p.dim() >= 2:  # variance kept from layer to layer, so that the frozen tower passes sound on
                     p.normal_(0, 0.05 if "embed" in name else p[0].numel() ** -0.5)
+    centre_audio(model, extractor, seed)
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     save_full_omni(model, folder)
+
+
+@torch.no_grad()
+def centre_audio(model: Qwen2_5OmniThinkerForConditionalGeneration, extractor: WhisperFeatureExtractor, seed: int) -> None:
+    """Shift and scale the tower's projection so that its output has mean 0 and variance 1 over noise and plain tones.
+
+    A data-dependent initialisation (as in LSUV, arXiv 1511.06422), blind to any label: a random tower's output is else
+    one large constant vector with the sound as a small ripple on it.
+    """
+    rng = np.random.default_rng(seed)
+    time = np.arange(16000) / 16000
+    waves = [0.3 * rng.standard_normal(16000) for _ in range(12)]
+    waves += [0.3 * np.sin(2 * np.pi * f * time) + 0.003 * rng.standard_normal(16000) for f in rng.uniform(200, 4000, 12)]
+    features = extractor([w.astype(np.float32) for w in waves], sampling_rate=16000, padding="longest",
+                         return_attention_mask=True, return_tensors="pt")  # fmt: skip
+    out = model.get_audio_features(features["input_features"], features["attention_mask"]).last_hidden_state
+    projection = model.audio_tower.proj
+    scale = (out - out.mean(0)).square().mean().rsqrt()
+    projection.bias.copy_((projection.bias - out.mean(0)) * scale)
+    projection.weight.mul_(scale)
 
 
 def save_full_omni(model: Qwen2_5OmniThinkerForConditionalGeneration, folder: Path) -> None:

@@ -1,0 +1,85 @@
+# `make` or `make help` lists the targets. Names in CAPITALS belong to make, all others go to Hydra as overrides:
+#     make train rollout=vllm seed=1 data.audio=silent
+# EXPERIMENT=name  DRY=1  NPROC=2 (processes)  ARGS='-m seed=0,1,2' (whatever make cannot read)
+# EXTRA=cpu|gpu    PYTHON=python3.11    TESTS=tests/grpo    UV=uv
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+EXTRA  ?= auto
+NPROC  ?= 1
+TESTS  ?= tests
+UV     ?= uv
+
+VENV  := .venv
+STAMP := $(VENV)/.stamp
+BIN   := $(VENV)/bin
+
+# DeepSpeed looks for ninja on PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM ?= false
+# torch 2.13 announces a change once per collective.
+export PYTHONWARNINGS ?= ignore::FutureWarning
+# More threads than processes can feed only get into each other's way; a tiny model gains nothing past 8.
+export OMP_NUM_THREADS ?= $(if $(filter 1,$(NPROC)),$(shell n=$$(nproc); echo $$((n > 8 ? 8 : n))),1)
+# On a CPU, compiling costs vLLM's first answer 20 s and wins nothing. Read when a recipe runs: set-up writes the stamp.
+export TORCHDYNAMO_DISABLE = $(if $(filter gpu,$(file < $(STAMP))),0,1)
+
+# The overrides, each in single quotes: MAKEOVERRIDES has the names, $(value) the text as it was typed.
+OURS   := EXPERIMENT DRY NPROC ARGS EXTRA PYTHON TESTS UV OMP_NUM_THREADS PYTHONWARNINGS TOKENIZERS_PARALLELISM
+GIVEN  := $(foreach word,$(MAKEOVERRIDES),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
+GIVEN  := $(foreach name,$(GIVEN),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UPPER  := $(foreach name,$(GIVEN),$(shell [[ '$(name)' =~ ^[A-Z_]+$$ ]] && echo '$(name)' || true))
+quoted  = '$(subst ','\'',$(1)=$(value $(1)))'
+HYDRA   = $(foreach name,$(filter-out $(UPPER),$(GIVEN)),$(call quoted,$(name)))
+$(if $(filter-out $(OURS),$(UPPER)),$(error unknown: $(filter-out $(OURS),$(UPPER)). Names in capitals belong to make: $(OURS)))
+
+RUN = $(BIN)/python $(if $(filter 1,$(NPROC)),,-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=$(NPROC)) -m
+
+.PHONY: help setup train test lint format lock clean FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## make .venv from the lock file; does nothing when it is up to date
+
+# A set-up of the other kind (EXTRA=gpu over cpu) is made anew.
+$(STAMP): pyproject.toml requirements/cpu.txt requirements/gpu.txt launch/setup.py launch/cpu_wheels.py \
+          $(if $(filter-out auto $(file < $(STAMP)),$(EXTRA)),FORCE)
+	$(PYTHON) launch/setup.py --extra $(EXTRA) --venv $(VENV)
+
+train: $(STAMP) ## train; words like seed=1 are config overrides, EXPERIMENT=name, DRY=1, NPROC=2
+	$(strip $(RUN) grpo.train $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(DRY),dry_run=true) $(HYDRA) $(ARGS))
+
+test: export HF_HUB_OFFLINE = 1
+test: $(STAMP) ## run the tests; TESTS=tests/grpo runs some
+	$(BIN)/python -m pytest -q -rs --durations=10 $(TESTS)
+
+lint: $(STAMP) ## ruff: faults and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## ruff: mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# uv must find torch's CPU build for cpu.txt: UV_EXTRA_INDEX_URL or UV_FIND_LINKS. For gpu.txt they are put aside, lest it
+# take that build too. No address goes into the files.
+COMPILE = $(UV) pip compile pyproject.toml --quiet --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+          --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links
+lock: ## resolve pyproject.toml again into requirements/*.txt (needs uv)
+	@command -v $(UV) > /dev/null || { echo "make lock needs uv: pip install uv, or make lock UV=path" >&2; exit 1; }
+	{ echo '# Linux, x86_64, Python 3.11, no GPU. Made by `make lock`: do not edit.'; \
+	  echo '# triton and torchcodec are left out (cpu-overrides.txt): install with --no-deps, as `make setup` does.'; \
+	  $(COMPILE) --extra cpu --overrides requirements/cpu-overrides.txt; } > requirements/cpu.txt.new
+	{ echo '# Linux, x86_64, Python 3.11, NVIDIA GPU. Made by `make lock`: do not edit.'; \
+	  echo '# Resolved only: nobody has installed this set on a GPU machine yet.'; \
+	  env -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS $(COMPILE) --extra gpu; } > requirements/gpu.txt.new
+	cd requirements && mv cpu.txt.new cpu.txt && mv gpu.txt.new gpu.txt
+
+clean: ## remove .venv and tools' caches; keeps runs (outputs/) and made data (.cache/)
+	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache dist
+	find . -name __pycache__ -type d -not -path './outputs/*' -prune -exec rm -rf {} +

@@ -1,0 +1,107 @@
+"""Training and held-out questions with their clips: validated, with everything that was left out on record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from data.audio import ClipError, check_header, load
+from data.manifest import Problem
+from data.question import Clip, Question
+
+
+class DataError(ValueError):
+    """The data cannot be trained on: says what is wrong and what to do."""
+
+
+class Dataset:
+    """Two lists of questions, `train` and `eval`, and `clip(question)`.
+
+    Args:
+        train, eval: iterables of Question, such as `data.manifest.read(...)`; a list from your own function will do.
+        audio: "real", or "silent" to replace every clip by zeros of its length (does the model listen at all?).
+        hz: sample rate of the clips, the model's.
+        verify: "decode" reads every clip at the start, "header" looks at headers, "none" trusts them.
+        max_bad_fraction: share of rows of a split that may be left out before the data is refused.
+        progress: called with (done, total) while clips are verified.
+    Raises DataError when too many rows are bad, a split is empty, or held-out questions or clips are in training too.
+    """
+
+    def __init__(self, train: Iterable[Question], eval: Iterable[Question], *, audio: str = "real", hz: int = 16000,
+                 min_seconds: float = 0.03, max_seconds: float = 30.0, verify: str = "decode",
+                 max_bad_fraction: float = 0.01, cache: int = 512, progress: Callable | None = None):  # fmt: skip
+        if audio not in ("real", "silent"):
+            raise DataError(f"data.audio must be 'real' or 'silent', got {audio!r}")
+        if verify not in ("decode", "header", "none"):
+            raise DataError(f"data.verify must be 'decode', 'header' or 'none', got {verify!r}")
+        self.audio, self.hz, self.verify, self.max_bad_fraction = audio, hz, verify, max_bad_fraction
+        self.limits = {"min_seconds": min_seconds, "max_seconds": max_seconds}
+        self.problems: list[Problem] = []
+        self._cache: OrderedDict = OrderedDict()
+        self._cache_size = cache
+        self.train = self._accept("train", train, progress)
+        self.eval = self._accept("eval", eval, progress)
+        self._check_held_out()
+
+    def clip(self, question: Question) -> Clip:
+        """The waveform of a question. Raises ClipError (data.audio)."""
+        key = (question.audio, question.start, question.end)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        clip = load(question.audio, start=question.start, end=question.end, hz=self.hz, **self.limits)
+        if self.audio == "silent":
+            clip = Clip(np.zeros_like(clip.samples), clip.hz)
+        self._cache[key] = clip
+        if len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        return clip
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash over all rows of both splits: two runs with the same one asked the same questions."""
+        rows = [[q.id, q.audio.name, q.start, q.end, q.question, q.choices, q.answer] for q in [*self.train, *self.eval]]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+
+    def _accept(self, split: str, source: Iterable[Question], progress: Callable | None) -> list[Question]:
+        questions = list(source)
+        problems = list(getattr(source, "problems", []))
+        total = len(questions) + len(problems)
+        file, lines = str(getattr(source, "path", f"data.{split}")), getattr(source, "lines", {})
+        good = []
+        for i, question in enumerate(questions):
+            try:
+                if self.verify == "decode":
+                    self.clip(question)
+                elif self.verify == "header":
+                    check_header(question.audio, start=question.start, end=question.end, **self.limits)
+                good.append(question)
+            except ClipError as error:
+                problems.append(Problem(file, lines.get(question.id, i + 1), question.id, error.reason, str(error)))
+            if progress:
+                progress(i + 1, len(questions))
+        if total == 0 or not good:
+            first = f"; the first problem: {problems[0].message}" if problems else ""
+            raise DataError(f"data.{split} ({file}) has no usable question{first}")
+        if len(problems) > self.max_bad_fraction * total:
+            shown = "\n".join(f"  {p.file}:{p.line} {p.id or '-'} {p.reason}: {p.message}" for p in problems[:10])
+            raise DataError(
+                f"{len(problems)} of {total} rows of data.{split} are bad, more than data.max_bad_fraction="
+                f"{self.max_bad_fraction} allows. The first ones:\n{shown}\nSee all with `python -m data.check {file}`, "
+                f"mend them, or raise data.max_bad_fraction"
+            )
+        self.problems += problems
+        return good
+
+    def _check_held_out(self) -> None:
+        ids = {q.id for q in self.train}
+        clips = {(q.audio, q.start, q.end) for q in self.train}
+        for q in self.eval:
+            if q.id in ids:
+                raise DataError(f"question {q.id!r} is in data.train and in data.eval: held-out questions must be held out")
+            if (q.audio, q.start, q.end) in clips:
+                raise DataError(f"the clip of held-out question {q.id!r} ({q.audio}) is in data.train too")

@@ -1,0 +1,66 @@
+"""Fixtures shared by the tests: a tiny random checkpoint and a few questions with made-up clips."""
+
+import hashlib
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+
+from data.prompt import Prompt
+from data.question import Clip, Question
+
+LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "targets": r"model\.layers\.\d+\.self_attn\.(q|v)_proj", "seed": 0}
+CHOICES = ("dog", "rain", "bell", "train")
+
+
+def make_prompt() -> Prompt:
+    return Prompt(system=None, instruction="Listen.")
+
+
+def make_question(name: str, **changes) -> Question:
+    return Question(**{"id": name, "audio": None, "question": f"Which sound is in {name}?", "choices": CHOICES, "answer": 1} | changes)
+
+
+def make_clip(seed: int, seconds: float = 0.6) -> Clip:
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(16000 * seconds)) / 16000
+    wave = 0.4 * np.sin(2 * np.pi * rng.uniform(200, 3000) * time) + 0.05 * rng.standard_normal(len(time))
+    return Clip(wave.astype(np.float32), 16000)
+
+
+def build_checkpoint(folder) -> None:
+    from grpo.tiny import build
+
+    texts = ["Listen. Which sound is in this? Choices: A. dog B. rain C. bell D. train <think>one</think>"] * 3
+    build(folder, texts, hidden=64, layers=2, audio_hidden=32, audio_layers=1, vocab_size=400, seed=0)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of a random Qwen2.5-Omni with 64 hidden units, full-Omni layout."""
+    folder = tmp_path_factory.mktemp("tiny")
+    build_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def policy(checkpoint):
+    """A policy with a LoRA adapter whose B is not zero, so that adapter on and off differ."""
+    import torch
+
+    from grpo.policy import Policy
+
+    policy = Policy(checkpoint, LORA, prompt=make_prompt())
+    generator = torch.Generator().manual_seed(1)
+    for name, p in policy.named_parameters():
+        if "lora_B" in name:
+            p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    return policy.eval()
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

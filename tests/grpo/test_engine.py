@@ -1,0 +1,75 @@
+"""One optimizer step is one gradient, however it is split: micro-batches, ranks, ZeRO stages, padding, checkpointing."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+SPLITS = {f"zero{stage}-micro{micro}": {"stage": stage, "micro": micro} for stage in (0, 2, 3) for micro in (1, 2)}
+ONE = SPLITS | {
+    "whole": {"stage": 0, "micro": 4},
+    "zero1": {"stage": 1, "micro": 2},
+    "zero3-whole": {"stage": 3, "micro": 4},
+    "left": {"stage": 0, "micro": 4, "pad": "left"},
+    "separate": {"stage": 0, "micro": 2, "layout": "separate"},
+    "checkpointing": {"stage": 0, "micro": 2, "checkpointing": True},
+    "checkpointing-zero3": {"stage": 3, "micro": 2, "checkpointing": True},
+    **{f"{a}-{m}": {"stage": 0, "micro": m, "aggregated": a} for a in ("token_mean", "constant") for m in (1, 4)},
+}
+TWO = SPLITS | {f"{a}-1": {"stage": 0, "micro": 1, "aggregated": a} for a in ("token_mean", "constant")}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_worker(checkpoint, out, ranks, variants):
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"] if ranks > 1 else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
+           "DS_ACCELERATOR": "cpu"}  # fmt: skip
+    command = [sys.executable, *launcher, str(Path(__file__).with_name("gradient_worker.py")), str(checkpoint), str(out)]
+    done = subprocess.run([*command, json.dumps(variants)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def results(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("gradients")
+    run_worker(checkpoint, out, 1, ONE)
+    run_worker(checkpoint, out, 2, TWO)
+    return {p.stem: load_file(p) for p in out.glob("*.safetensors")}
+
+
+def worst(a, b, prefix=""):
+    keys = [k for k in a if "lora_" in k and k.startswith("after/") == (prefix == "after/")]
+    assert keys and a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in keys)
+
+
+@pytest.mark.parametrize("name", [f"1-{n}" for n in ONE if not n.startswith(("token", "constant"))] + [f"2-{n}" for n in SPLITS])
+def test_every_split_gives_the_gradient_of_the_whole_step(results, name):
+    whole, split = results["1-whole"], results[name]
+    assert worst(whole, split) <= 1e-6
+    assert worst(whole, split, "after/") <= 2e-6
+    assert split["loss"].item() == pytest.approx(whole["loss"].item(), abs=1e-6)
+    assert split["norm"].item() == pytest.approx(whole["norm"].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("aggregate", ["token_mean", "constant"])
+@pytest.mark.parametrize("name", ["1-{}-1", "2-{}-1"])
+def test_every_aggregate_is_free_of_the_split(results, aggregate, name):
+    assert worst(results[f"1-{aggregate}-4"], results[name.format(aggregate)]) <= 1e-6
+
+
+def test_the_gradient_is_not_trivial_and_aggregates_differ(results):
+    whole = results["1-whole"]
+    assert whole["norm"].item() > 1e-3
+    assert worst(whole, results["1-token_mean-4"]) > 1e-4

@@ -1,0 +1,173 @@
+"""The policy hears the right audio everywhere, and its log-probs are transformers' own."""
+
+import pytest
+import torch
+
+from grpo.batch import Completion, Group
+from grpo.policy import Policy
+from grpo.rollout import Sampling
+from grpo.rollout.hf import HFRollout
+from tests.conftest import LORA, make_clip, make_prompt, make_question
+
+QUESTIONS = [make_question("first"), make_question("a second one, longer"), make_question("third")]
+CLIPS = [make_clip(1, 0.6), make_clip(2, 1.3), make_clip(3, 0.35)]
+
+
+def groups_of(policy, copies=3, clips=CLIPS, seed=0):
+    prompts = [policy.encode(q, c) for q, c in zip(QUESTIONS, clips, strict=True)]
+    return HFRollout(policy).generate(prompts, copies, Sampling(max_tokens=12, seed=seed))
+
+
+def with_prompts(policy, groups, clips):
+    """The same completions under the same questions with other clips."""
+    return [Group(policy.encode(q, c), g.completions) for q, c, g in zip(QUESTIONS, clips, groups, strict=True)]
+
+
+def logps(policy, groups):
+    with torch.no_grad():
+        return policy(groups, policy.encode_audio([g.prompt for g in groups]))[0]
+
+
+def processor_inputs(policy, question, clip):
+    text = policy.processor.apply_chat_template(policy.prompt.messages(question), tokenize=False, add_generation_prompt=True)
+    return policy.processor(text=[text], audio=[clip.samples], sampling_rate=16000, return_tensors="pt")
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_encode_equals_the_processor(policy, i):
+    theirs = processor_inputs(policy, QUESTIONS[i], CLIPS[i])
+    mine = policy.encode(QUESTIONS[i], CLIPS[i])
+    frames = int(theirs["feature_attention_mask"].sum())
+    assert torch.equal(mine.prompt_ids, theirs["input_ids"][0])
+    assert mine.mel.shape[1] == frames
+    assert torch.allclose(mine.mel, theirs["input_features"][0, :, :frames], atol=1e-5)
+
+
+def test_log_probs_are_those_of_transformers_own_forward(policy):
+    policy.temperature = 0.7
+    groups = groups_of(policy)
+    mine = logps(policy, groups)
+    row = 0
+    for question, clip, group in zip(QUESTIONS, CLIPS, groups, strict=True):
+        for completion in group.completions:
+            inputs = processor_inputs(policy, question, clip)
+            tokens = torch.tensor([completion.token_ids])
+            ids = torch.cat([inputs["input_ids"], tokens], 1)
+            with torch.no_grad():
+                logits = policy.model(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), input_features=inputs["input_features"],
+                    feature_attention_mask=inputs["feature_attention_mask"], use_cache=False,
+                ).logits[0, inputs["input_ids"].shape[1] - 1 : -1].float() / 0.7  # fmt: skip
+            logits[:, policy.banned_ids] = float("-inf")
+            theirs = logits.log_softmax(-1).gather(-1, tokens[0][:, None])[:, 0]
+            assert torch.allclose(mine[row, : len(theirs)], theirs, atol=2e-5)
+            assert (mine[row, len(theirs) :] == 0).all()
+            row += 1
+
+
+def test_sampler_and_trainer_agree(policy):
+    groups = groups_of(policy)
+    mine = logps(policy, groups)
+    for row, completion in zip(mine, [c for g in groups for c in g.completions], strict=True):
+        assert torch.allclose(row[: len(completion.token_ids)], torch.tensor(completion.sampler_logp), atol=1e-5)
+
+
+def gradients(policy, groups, layout, pad):
+    policy.layout, policy.pad = layout, pad
+    policy.zero_grad()
+    logp, _ = policy(groups, policy.encode_audio([g.prompt for g in groups]))
+    weight = torch.randn(logp.shape, generator=torch.Generator().manual_seed(0))
+    (logp * weight).sum().backward()
+    return logp.detach(), {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("layout", "pad"), [("shared", "left"), ("separate", "right"), ("separate", "left")])
+def test_layout_and_padding_side_change_nothing(policy, layout, pad):
+    groups = groups_of(policy)
+    logp, grads = gradients(policy, groups, "shared", "right")
+    other, other_grads = gradients(policy, groups, layout, pad)
+    assert torch.allclose(logp, other, atol=1e-5)
+    scale = max(g.abs().max() for g in grads.values())
+    assert max((grads[n] - other_grads[n]).abs().max() for n in grads) <= 1e-6 * max(1.0, scale)
+
+
+def test_swapping_the_clip_changes_rollout_policy_and_reference(policy):
+    groups = groups_of(policy)
+    swapped = with_prompts(policy, groups, [make_clip(9, 0.6), *CLIPS[1:]])
+    with policy.reference():
+        reference, reference_swapped = logps(policy, groups), logps(policy, swapped)
+    for before, after in [(logps(policy, groups), logps(policy, swapped)), (reference, reference_swapped)]:
+        moved = (before - after).abs().amax(1)
+        assert (moved[:3] > 1e-4).all(), "rows of the swapped question must move"
+        assert (moved[3:] < 1e-5).all(), "rows of the other questions must not"
+    again = groups_of(policy, clips=[make_clip(9, 0.6), *CLIPS[1:]])
+    assert [c.sampler_logp for c in again[0].completions] != [c.sampler_logp for c in groups[0].completions]
+    assert [c.token_ids for g in again[1:] for c in g.completions] == [c.token_ids for g in groups[1:] for c in g.completions]
+
+
+def test_features_stay_with_their_question_in_any_batch(policy):
+    groups = groups_of(policy)
+    together = logps(policy, groups)
+    for b, group in enumerate(groups):
+        alone = logps(policy, [group])
+        assert torch.allclose(alone, together[3 * b : 3 * b + 3, : alone.shape[1]], atol=1e-5)
+
+
+def test_wrong_number_of_audio_tokens_is_an_error(policy):
+    groups = groups_of(policy)
+    audio = policy.encode_audio([g.prompt for g in groups])
+    with pytest.raises(ValueError, match="audio placeholders"):
+        policy(groups, [audio[1], audio[0], audio[2]])
+
+
+def test_reference_is_the_model_without_its_adapter(policy, checkpoint):
+    groups = groups_of(policy)
+    plain = Policy(checkpoint, None, prompt=make_prompt()).eval()
+    with policy.reference():
+        reference = logps(policy, groups)
+    assert torch.equal(reference, logps(plain, groups))
+    assert not torch.allclose(reference, logps(policy, groups), atol=1e-3)
+
+
+def test_fresh_adapter_is_the_reference(checkpoint):
+    fresh = Policy(checkpoint, LORA, prompt=make_prompt()).eval()
+    groups = groups_of(fresh)
+    with fresh.reference():
+        reference = logps(fresh, groups)
+    assert torch.equal(reference, logps(fresh, groups))
+
+
+def test_lora_on_the_audio_tower_is_refused_unless_asked_for(checkpoint):
+    with pytest.raises(ValueError, match="audio tower"):
+        Policy(checkpoint, LORA | {"targets": r".*\.(q|v)_proj"}, prompt=make_prompt())
+    assert Policy(checkpoint, LORA | {"targets": r".*\.(q|v)_proj", "audio_tower": True}, prompt=make_prompt())
+
+
+def test_only_the_adapter_is_trained(policy):
+    assert all("lora_" in n and ".model.layers." in n for n, p in policy.named_parameters() if p.requires_grad)
+
+
+def test_stop_token_is_in_the_loss_and_nothing_after_it(policy):
+    stop = policy.stop_ids[0]
+    prompt = policy.encode(QUESTIONS[0], CLIPS[0])
+    cut = policy._cut([5, 6, stop, 7, stop])
+    assert cut == [5, 6, stop]
+    completion = Completion(tuple(cut), (0.0,) * 3, "", False, 0)
+    longer = Completion((5, 6, 7, 8, 9), (0.0,) * 5, "", True, 0)
+    logp = logps(policy, [Group(prompt, (completion, longer))])
+    assert (logp[0, :3] != 0).all() and (logp[0, 3:] == 0).all() and (logp[1] != 0).all()
+
+
+def test_empty_completion_is_survived(policy):
+    prompt = policy.encode(QUESTIONS[0], CLIPS[0])
+    logp = logps(policy, [Group(prompt, (Completion((), (), "", True, 0), Completion((5,), (0.0,), "", True, 0)))])
+    assert logp.shape == (2, 1) and logp[0, 0] == 0 and logp[1, 0] != 0
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(policy, checkpoint):
+    groups = groups_of(policy)
+    _, plain = gradients(policy.train(), groups, "shared", "right")
+    other = Policy(checkpoint, LORA, prompt=make_prompt(), gradient_checkpointing=True)
+    other.load_adapter(policy.adapter())
+    _, saved = gradients(other.train(), groups, "shared", "right")
+    assert max((plain[n] - saved[n]).abs().max() for n in plain) <= 1e-6

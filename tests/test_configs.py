@@ -1,0 +1,120 @@
+"""Every YAML composes, binds to its function's signature and builds; wrong keys are one clear line."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from grpo.config import ConfigError, build, check_call, check_targets, check_type, run_name, settings
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = sorted(p.parent.name + "=" + p.stem for p in CONF.glob("*/*.yaml"))
+if not OmegaConf.has_resolver("run_name"):
+    OmegaConf.register_new_resolver("run_name", run_name)
+
+
+def composed(*overrides):
+    with initialize_config_module("conf", version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def fill(overrides):
+    """Values for keys that a user must give."""
+    return [*overrides, "data.train.path=x", "data.eval.path=y"] if "data=manifest" in overrides else overrides
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_yaml_composes_and_fits_its_signatures(group):
+    cfg = composed(*fill([group]))
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check_targets(cfg)
+    settings(cfg)
+    for key in ("loss", "advantage", "rewards", "prompt"):
+        build(cfg[key], key)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONF)))
+def test_every_yaml_says_what_it_is(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    assert lines[0].startswith("# ") and len(lines[0]) > 12
+
+
+def test_published_values():
+    cfg = composed("experiment=audsemthinker_qa_grpo")
+    assert (cfg.model.path, cfg.model.dtype) == ("Qwen/Qwen2.5-Omni-7B", "bfloat16")
+    assert (cfg.model.lora.r, cfg.model.lora.alpha, cfg.model.lora.dropout) == (8, 16, 0.05)
+    assert (cfg.generations, cfg.loss.beta, cfg.micro_questions, cfg.think_words) == (6, 0.01, 2, 25)
+    assert (cfg.loss.surrogate.clip_low, cfg.loss.surrogate.clip_high) == (0.2, 0.2)
+    assert (cfg.optim.schedule.lr, cfg.engine.stage, cfg.temperature) == (1e-6, 3, 0.9)
+    assert (cfg.advantage.ddof, cfg.advantage.eps) == (1, 1e-4)
+    assert "25 words" in " ".join(p["text"] for m in build(cfg.prompt, "prompt").messages(_question()) for p in m["content"] if "text" in p)
+
+
+def _question():
+    from tests.conftest import make_question
+
+    return make_question("x")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+loss.betta=1", "loss.betta.*did you mean 'beta'"),
+        ("loss.beta=abc", "loss.beta must be float, got 'abc'"),
+        ("loss.surrogate._target_=grpo.loss.surrogate.cliped", "loss.surrogate._target_: cannot import"),
+        ("+loss.surrogate.cliplow=1", "did you mean 'clip_low'"),
+        ("advantage.ddof=x", "advantage.ddof must be int"),
+    ],
+)
+def test_a_wrong_component_is_named_before_anything_starts(override, message):
+    with pytest.raises(ConfigError, match=message):
+        check_targets(composed(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps=many", "steps must be int, got 'many'"),
+        ("seed=1.5", "seed must be int"),
+        ("resume=maybe", "resume must be bool"),
+        ("eval.every=0", "eval.every must be at least 1"),
+        ("generations=1", "group of one"),
+        ("temperature=0", "temperature must be above 0"),
+    ],
+)
+def test_a_wrong_daily_key_is_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(composed(override))
+
+
+def test_uneven_splits_are_refused():
+    s = settings(composed("questions=6", "micro_questions=2"))
+    assert s.check_ranks(1) == 3
+    with pytest.raises(ConfigError, match="4 ranks"):
+        s.check_ranks(4)
+    with pytest.raises(ConfigError, match="micro_questions=2"):
+        s.check_ranks(2)
+
+
+def test_a_partial_with_missing_arguments_is_refused_at_the_start():
+    from grpo.loss.aggregate import constant
+
+    with pytest.raises(ConfigError, match="loss.aggregate.*length"):
+        check_call("loss.aggregate", constant, "loss_NT", "x")
+
+
+def test_type_checks():
+    assert check_type("k", 3, float) == 3.0
+    assert check_type("k", None, int | None) is None
+    with pytest.raises(ConfigError, match="k must be int or null"):
+        check_type("k", True, int | None)
+
+
+def test_run_name(tmp_path):
+    assert run_name("mine", True, str(tmp_path)) == "mine"
+    with pytest.raises(ConfigError, match="no run under"):
+        run_name(None, True, str(tmp_path))
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoints" / "last.json").write_text("{}")
+    assert run_name(None, True, str(tmp_path)) == "old"

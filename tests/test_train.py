@@ -1,0 +1,169 @@
+"""Whole runs of `python -m grpo.train` in processes of their own: same seed, resume, two ranks, errors, dry run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.grpo.test_engine import free_port
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "steps=6", "questions=4", "generations=4", "micro_questions=2", "eval.every=3", "checkpoint.every=2", "eval.batch=16",
+    "data.train.count=64", "data.eval.count=16", "model.tiny.warm_start.steps=15", "model.tiny.build.audio_hidden=64",
+    "max_tokens=24", "updates=2", "model.lora.dropout=0.05",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+def train(work, *overrides, ranks=1, ok=True):
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"] if ranks > 1 else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *launcher, "-m", "grpo.train", *SMALL, "tracking=none", *overrides]
+    done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=600)
+    assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-4000:]
+    return done
+
+
+def lines(work, name, file="metrics.jsonl"):
+    return [json.loads(line) for line in (work / "outputs" / name / file).read_text().splitlines()]
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "step_time"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def straight(work):
+    done = train(work, "name=straight", "tracking=offline")
+    return done.stdout
+
+
+def test_a_run_folder_holds_what_is_promised(work, straight):
+    folder = work / "outputs" / "straight"
+    summary = json.loads((folder / "summary.json").read_text())
+    for key in ("accuracy/start", "accuracy/final", "accuracy/chance", "steps", "seconds", "peak_memory_bytes"):
+        assert isinstance(summary[key], int | float), key
+    assert summary["accuracy/chance"] == 0.25 and summary["steps"] == 6
+    metrics = lines(work, "straight")
+    assert [row["step"] for row in metrics] == [-1, 0, 1, 2, 3, 4, 5]
+    for name in ("reward", "reward_std", "frac_reward_zero_std", "rewards/accuracy/mean", "rewards/format/std",
+                 "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "clip_ratio/low_mean",
+                 "clip_ratio/high_mean", "grad_norm", "learning_rate", "step_time", "time/rollout",
+                 "sampling/importance_sampling_ratio/mean"):  # fmt: skip
+        assert name in metrics[1], name
+    samples = lines(work, "straight", "samples.jsonl")
+    assert len(samples) == 6 * 4 * 4 and set(samples[0]["rewards"]) == {"accuracy", "format", "length"}
+    assert (folder / "config.yaml").exists() and (folder / "curves.png").stat().st_size > 10_000
+    assert (folder / "checkpoints" / "step-000006" / "adapter_model.safetensors").exists()
+    assert list(folder.glob("wandb/offline-run-*"))
+
+
+def test_the_run_prints_the_objective_first(straight):
+    assert "minimise  mean over completions" in straight and "0.01" in straight
+    assert "A = (r - mean(r)) / (std(r) + 0.0001)" in straight
+    assert straight.index("minimise") < straight.index("held-out accuracy at the start")
+
+
+def test_the_rows_of_a_group_share_one_question_and_one_clip(work, straight):
+    samples = lines(work, "straight", "samples.jsonl")
+    for i in range(0, len(samples), 4):
+        group = samples[i : i + 4]
+        assert len({(r["step"], r["id"], r["question"], r["clip_sha256"]) for r in group}) == 1
+        assert [r["sample"] for r in group] == [0, 1, 2, 3]
+    assert len({r["clip_sha256"] for r in samples}) > 10
+
+
+def test_first_step_identities(work, straight):
+    first = lines(work, "straight")[1]
+    assert abs(first["kl"]) < 1e-9 or first["kl"] < 1e-3  # dropout of the adapter is the only difference
+    assert first["ratio/mean"] == pytest.approx(1.0, abs=1e-6) and first["clip_ratio/high_mean"] == 0
+
+
+def test_one_seed_one_run(work, straight):
+    train(work, "name=again")
+    assert timeless(lines(work, "again")) == timeless(lines(work, "straight"))
+    assert lines(work, "again", "samples.jsonl") == lines(work, "straight", "samples.jsonl")
+
+
+def test_another_seed_another_run(work, straight):
+    train(work, "name=other", "seed=1", "steps=2")
+    assert lines(work, "other", "samples.jsonl")[0] != lines(work, "straight", "samples.jsonl")[0]
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_stopped_and_resumed_equals_never_stopped(work, straight, stop):
+    name = f"resumed-{stop}"
+    train(work, f"name={name}", f"stop_at={stop}")
+    metrics = work / "outputs" / name / "metrics.jsonl"
+    with metrics.open("a") as file:  # what a killed run may leave: a line past the checkpoint, and half of another
+        file.write('{"step": %d, "reward": 99}\n{"step": %d, "rew' % (stop, stop + 1))
+    train(work, f"name={name}", "resume=true")
+    assert timeless(lines(work, name)) == timeless(lines(work, "straight"))
+    assert lines(work, name, "samples.jsonl") == lines(work, "straight", "samples.jsonl")
+
+
+def test_resume_with_other_settings_is_refused(work, straight):
+    done = train(work, "name=straight", "resume=true", "loss.beta=0.5", ok=False)
+    assert "error:" in done.stderr and "loss" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_finished_run_is_not_overwritten(work, straight):
+    done = train(work, "name=straight", ok=False)
+    assert "already holds a run" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero2", "zero3"])
+def test_two_ranks_make_the_same_run(work, straight, engine):
+    name = f"ranks-{engine}"
+    train(work, f"name={name}", f"engine={engine}", "model.lora.dropout=0", "steps=3", ranks=2)
+    if not (work / "outputs" / "one-rank").exists():
+        train(work, "name=one-rank", "model.lora.dropout=0", "steps=3")
+    for a, b in zip(timeless(lines(work, name)), timeless(lines(work, "one-rank")), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=2e-4, rel=1e-3), (a["step"], key)
+    assert lines(work, name, "samples.jsonl")[0]["completion"] == lines(work, "one-rank", "samples.jsonl")[0]["completion"]
+
+
+def test_zero3_resumes(work):
+    train(work, "name=z3", "engine=zero3", "steps=4")
+    train(work, "name=z3-resumed", "engine=zero3", "steps=4", "stop_at=2")
+    train(work, "name=z3-resumed", "engine=zero3", "steps=4", "resume=true")
+    assert timeless(lines(work, "z3-resumed")) == timeless(lines(work, "z3"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stepz=3"], ["stepz"]),
+        (["model=tinny"], ["tinny", "tiny"]),
+        (["loss.beta=abc"], ["loss.beta must be float"]),
+        (["steps=abc"], ["steps must be int"]),
+        (["data=manifest", "data.train.path=nowhere.jsonl", "data.eval.path=nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["questions=5", "micro_questions=2"], ["micro_questions=2"]),
+        (["resume=true", "name=none-there"], ["none-there"]),
+    ],
+)
+def test_mistakes_are_one_clear_line(work, overrides, words):
+    done = train(work, *overrides, ok=False)
+    text = done.stdout + done.stderr
+    assert all(word in text for word in words) and "Traceback" not in text, text
+
+
+def test_help_reads_well(work):
+    done = train(work, "--help")
+    for word in ("steps", "seed", "experiment=", "data.audio", "resume=true", "audsemthinker_qa_grpo", "zero3"):
+        assert word in done.stdout, word
+
+
+def test_dry_run_of_the_published_experiment(work):
+    done = train(work, "experiment=audsemthinker_qa_grpo", "dry_run=true", "generations=3", "max_tokens=40")
+    assert "dry run   passed" in done.stdout and "25 words" in done.stdout and "NOT HERE" in done.stdout
