@@ -28,16 +28,17 @@ export OMP_NUM_THREADS ?= $(if $(filter 1,$(NPROC)),$(shell n=$$(nproc); echo $$
 # On a CPU, compiling costs vLLM's first answer 20 s and wins nothing. Read when a recipe runs: set-up writes the stamp.
 export TORCHDYNAMO_DISABLE = $(if $(filter gpu,$(file < $(STAMP))),0,1)
 
-# The overrides, each in single quotes: MAKEOVERRIDES has the names, $(value) the text as it was typed.
-OURS   := EXPERIMENT DRY NPROC ARGS EXTRA PYTHON TESTS UV OMP_NUM_THREADS PYTHONWARNINGS TOKENIZERS_PARALLELISM
-GIVEN  := $(foreach word,$(MAKEOVERRIDES),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
-GIVEN  := $(foreach name,$(GIVEN),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-UPPER  := $(foreach name,$(GIVEN),$(shell [[ '$(name)' =~ ^[A-Z_]+$$ ]] && echo '$(name)' || true))
-quoted  = '$(subst ','\'',$(1)=$(value $(1)))'
-HYDRA   = $(foreach name,$(filter-out $(UPPER),$(GIVEN)),$(call quoted,$(name)))
-$(if $(filter-out $(OURS),$(UPPER)),$(error unknown: $(filter-out $(OURS),$(UPPER)). Names in capitals belong to make: $(OURS)))
+# The overrides: MAKEOVERRIDES has their names, $(value) their text as it was typed, which goes on in single quotes. Nothing
+# here has a name in small letters, which an override might take.
+OURS     := ARGS DRY EXPERIMENT EXTRA NPROC PYTHON TESTS UV VENV OMP_NUM_THREADS PYTHONWARNINGS TOKENIZERS_PARALLELISM
+GIVEN    := $(foreach W,$(MAKEOVERRIDES),$(if $(findstring =,$(W)),$(firstword $(subst =, ,$(W)))))
+GIVEN    := $(foreach W,$(GIVEN),$(if $(filter command,$(firstword $(origin $(W)))),$(W)))
+CAPITALS := $(if $(GIVEN),$(shell printf '%s\n' '$(subst $() ,' ',$(strip $(GIVEN)))' | grep -xE '[A-Z_]+'))
+UNKNOWN  := $(filter-out $(OURS),$(CAPITALS))
+$(if $(UNKNOWN),$(error $(UNKNOWN) is unknown. Names in capitals belong to make: $(OURS)))
+HYDRA     = $(foreach W,$(filter-out $(CAPITALS),$(GIVEN)),'$(subst ','\'',$(W)=$(value $(W)))')
 
-RUN = $(BIN)/python $(if $(filter 1,$(NPROC)),,-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=$(NPROC)) -m
+RUN = $(BIN)/python $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=$(NPROC) )-m
 
 .PHONY: help setup train test lint format lock clean FORCE
 
@@ -52,7 +53,7 @@ $(STAMP): pyproject.toml requirements/cpu.txt requirements/gpu.txt launch/setup.
 	$(PYTHON) launch/setup.py --extra $(EXTRA) --venv $(VENV)
 
 train: $(STAMP) ## train; words like seed=1 are config overrides, EXPERIMENT=name, DRY=1, NPROC=2
-	$(strip $(RUN) grpo.train $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(DRY),dry_run=true) $(HYDRA) $(ARGS))
+	$(RUN) grpo.train$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(DRY), dry_run=true)$(if $(HYDRA), $(HYDRA))$(if $(ARGS), $(ARGS))
 
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP) ## run the tests; TESTS=tests/grpo runs some

@@ -12,9 +12,13 @@ import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
+
+import deepspeed
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 

@@ -151,7 +151,7 @@ def _samples(step, questions, groups, scores, advantage_BG, names) -> list[dict]
         for g, completion in enumerate(group.completions):
             n = b * len(group.completions) + g
             rows.append({
-                "step": step, "id": question.id, "question": question.question, "choices": list(question.choices),
+                "step": step + 1, "id": question.id, "question": question.question, "choices": list(question.choices),
                 "gold": question.gold, "sample": g, "completion": completion.text, "truncated": completion.truncated,
                 "tokens": len(completion.token_ids), "rewards": dict(zip(names, scores.components[n], strict=True)),
                 "reward": scores.total[n], "advantage": advantage_BG[b, g].item(),

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from grpo.batch import Encoded, Group
 from grpo.logprob import chosen_and_entropy
 
+transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 

@@ -145,13 +145,13 @@ class Run:
         first = state["step"] if state else 0
         tracker = build(self.cfg.tracking, "tracking") if self.rank == 0 else NoTracker()
         tracker.start(self.folder, OmegaConf.to_container(self.cfg, resolve=True), self.folder.name)
-        log = RunLog(self.folder, tracker, first) if self.rank == 0 else None
+        log = RunLog(self.folder, tracker, first if state else -1) if self.rank == 0 else None
         if state is None:
             write_provenance(self.cfg, self.folder, self.dataset.fingerprint, self.rank)
             start = self.heldout_accuracy()
             state = {"accuracy/start": start, "accuracy/best": start, "accuracy/final": start, "completions": 0}
             if self.rank == 0:
-                log.metrics(-1, {"accuracy/heldout": start})
+                log.metrics(0, {"accuracy/heldout": start})
         show.say(f"held-out accuracy at the start: {state['accuracy/start']:.3f}")
         show.start("train", s.steps, first)
 
@@ -174,11 +174,11 @@ class Run:
             metrics |= times | {"step_time": sum(times.values())}
             rows = self.engine.gather(rows)
             if self.rank == 0:
-                log.metrics(step, metrics)
+                log.metrics(step + 1, metrics)
                 log.samples(rows)
                 if (step + 1) % s.samples_every == 0 or step == first:
-                    show.samples(step, rows[: min(s.generations, 4)])
-                    log.sample_table(step, rows[: s.generations])
+                    show.samples(step + 1, rows[: min(s.generations, 4)])
+                    log.sample_table(step + 1, rows[: s.generations])
                 show.update(step + 1, self._figures(metrics, state))
         show.stop()
         summary = self._summary(state, end, time.perf_counter() - began)

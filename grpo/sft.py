@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from grpo.batch import Completion, Encoded, Group
+from grpo.optim import Schedule, cosine
 
 THOUGHTS = ["I listen and choose one option."]
 ELEMENTS = ["One sound."]
@@ -33,7 +34,7 @@ def warm_start(policy, questions: Sequence, encode: Callable[[object], Encoded],
     for p in parameters:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
+    schedule = Schedule(lr=lr, warmup=10, shape=cosine)
     policy.train()
     stop = policy.stop_ids[0]
     for step in range(steps):
@@ -46,7 +47,8 @@ def warm_start(policy, questions: Sequence, encode: Callable[[object], Encoded],
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, steps)
         optimizer.step()
-        schedule.step()
         report(step, loss.item())
     policy.requires_grad_(False)

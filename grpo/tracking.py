@@ -11,12 +11,13 @@ from grpo.checkpoint import write_json
 
 
 class RunLog:
-    """The files of one run. On resume, lines from `first_step` on are dropped: they will be written again."""
+    """The files of one run. Step 0 is the state before training. On resume, lines of steps after `done` are dropped:
+    they will be written again."""
 
-    def __init__(self, folder: Path, tracker, first_step: int = 0):
+    def __init__(self, folder: Path, tracker, done: int = -1):
         self.folder, self.tracker = Path(folder), tracker
         for name in ("metrics.jsonl", "samples.jsonl"):
-            self._keep_before(self.folder / name, first_step)
+            self._keep(self.folder / name, done)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._append("metrics.jsonl", {"step": step, **values})
@@ -34,13 +35,11 @@ class RunLog:
         self.tracker.finish(values)
 
     def _append(self, name: str, row: Mapping) -> None:
-        # JSON has no NaN: a value that is none is written as null, and can be seen to be.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+            file.write(json.dumps(_no_nan(row), ensure_ascii=False, allow_nan=False) + "\n")
 
     @staticmethod
-    def _keep_before(path: Path, first_step: int) -> None:
+    def _keep(path: Path, done: int) -> None:
         if not path.exists():
             return
         kept = []
@@ -49,11 +48,18 @@ class RunLog:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 break  # the half line of a killed run
-            if row["step"] < first_step:
+            if row["step"] <= done:
                 kept.append(line)
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
+
+
+def _no_nan(value):
+    """JSON has no NaN: a number that is none is written as null, and can be seen to be."""
+    if isinstance(value, Mapping):
+        return {k: _no_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class NoTracker:

@@ -3,8 +3,8 @@
 The package index offers only the CUDA builds. Their extensions link libraries that a CPU-only torch does not bring:
 - torchaudio stops at import with an OSError. Without its extensions it imports, and what is written in Python works
   (resample, MelSpectrogram, kaldi.fbank; not rnnt_loss).
-- torchvision then misses the *schemas* of two operators, and takes transformers' image processors down, so also the Omni
-  processor. Declaring the schemas is enough; calling the operators still fails, loudly.
+- torchvision then misses the *schemas* of two operators, and takes transformers' image processors down, and the Omni
+  processor with them. Declaring the schemas is enough; calling the operators still fails, loudly.
 
 Nothing is touched where torch is a CUDA build or where the libraries load. Mending twice changes nothing more.
 """

@@ -148,7 +148,7 @@ class Steps:
         print(f"{note}, {time.perf_counter() - self.began:.0f} s", flush=True)
 
     def run(self, *command: str | Path, env: dict[str, str] | None = None, count: tuple[str, int] | None = None) -> str:
-        """Runs a command and returns its last line. `count`: first word of the lines to count, and how many to expect."""
+        """Runs a command and returns its last line. `count`: first word of the lines to count, and how many are due."""
         tail, seen = deque(maxlen=400), 0
         with self.log.open("a") as log:
             log.write(f"\n$ {' '.join(map(str, command))}\n")

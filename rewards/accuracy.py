@@ -68,7 +68,8 @@ def exact(completion: str, *, choices: Sequence[str], answer: int) -> float:
 
     The block must lie within one line; without one the whole completion is compared. Source: the released code of
     AudSemThinker (arXiv 2505.14142). Left out: its symbolic check, which first ran math-verify on the whole completion
-    and so called a wrong option right as soon as any number, even one in the thought, was shared with the gold (D5).
+    and so called a wrong option right as soon as any number, even one in the thought, was shared with the gold
+    (docs/rewards.md, departure 1).
     Raises ValueError when `answer` is not an index of `choices`.
     """
     _check_gold(choices, answer)

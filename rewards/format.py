@@ -26,15 +26,15 @@ def published(completion: str, *, semantic: bool = True) -> float:
 
     Source: the released code of AudSemThinker (arXiv 2505.14142); `semantic=False` leaves the middle block out. It
     accepts empty blocks and further tags inside blocks, and rejects outer white space. Instead of the pattern, whose
-    time is quadratic, the text between its two ends is searched for the first junction, then for the second after it.
+    time is quadratic, both ends are compared, and the first junction of two blocks is searched, then the next after it.
     """
     head, tail = "<think>", "</answer>"
     if not (completion.startswith(head) and completion.endswith(tail)):
         return 0.0
     names = TAGS if semantic else ("think", "answer")
-    position, end = len(head), len(completion) - len(tail)
+    position = len(head)
     for left, right in zip(names, names[1:], strict=False):
-        junction = re.compile(rf"</{left}>\s*<{right}>").search(completion, position, end)
+        junction = re.compile(rf"</{left}>\s*<{right}>").search(completion, position)
         if junction is None:
             return 0.0
         position = junction.end()

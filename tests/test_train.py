@@ -53,7 +53,7 @@ def test_a_run_folder_holds_what_is_promised(work, straight):
         assert isinstance(summary[key], int | float), key
     assert summary["accuracy/chance"] == 0.25 and summary["steps"] == 6
     metrics = lines(work, "straight")
-    assert [row["step"] for row in metrics] == [-1, 0, 1, 2, 3, 4, 5]
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4, 5, 6]
     for name in ("reward", "reward_std", "frac_reward_zero_std", "rewards/accuracy/mean", "rewards/format/std",
                  "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "clip_ratio/low_mean",
                  "clip_ratio/high_mean", "grad_norm", "learning_rate", "step_time", "time/rollout",
@@ -104,7 +104,7 @@ def test_stopped_and_resumed_equals_never_stopped(work, straight, stop):
     train(work, f"name={name}", f"stop_at={stop}")
     metrics = work / "outputs" / name / "metrics.jsonl"
     with metrics.open("a") as file:  # what a killed run may leave: a line past the checkpoint, and half of another
-        file.write('{"step": %d, "reward": 99}\n{"step": %d, "rew' % (stop, stop + 1))
+        file.write('{"step": %d, "reward": 99}\n{"step": %d, "rew' % (stop + 1, stop + 2))
     train(work, f"name={name}", "resume=true")
     assert timeless(lines(work, name)) == timeless(lines(work, "straight"))
     assert lines(work, name, "samples.jsonl") == lines(work, "straight", "samples.jsonl")

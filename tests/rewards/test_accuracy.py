@@ -20,7 +20,7 @@ def said(answer: str, thought: str = "hm") -> str:
     "answer",
     ["(B) dog", "B. dog", "B) dog", "B: dog", "dog", "b", "B", "**B**", "Option B", "B.", "B!", "(b)", "[B]",
      "**B.** dog", "B - dog", "B.dog", "dog.", "DOG", '"dog"', "`B`", " B.\n dog ", "Option B: dog", "Answer: B",
-     "choice (b) dog!",
+     "choice (b) dog!", "**Option B**", "**dog.**", "**dog**.",
      "\uff22", "\uff08\uff22\uff09 \uff44\uff4f\uff47", "\u24b7"],
 )  # fmt: skip
 def test_ways_to_say_b_dog(answer):
@@ -53,6 +53,7 @@ def test_choices_that_are_letters():
     assert choice("B.", ("B", "A")) is None  # letter or text?
     assert choice("(B)", ("B", "A")) is None
     assert choice("Option B", ("B", "A")) is None
+    assert choice("Option B!", ("Option B.", "x")) is None
     assert choice("B.", ("A", "B")) == 1  # both readings agree
 
 

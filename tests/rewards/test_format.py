@@ -54,6 +54,7 @@ def test_two_blocks():
         (f"{T}{S}{A}\n", 0.0, 0.0),
         (f"{T}{S}{A} x", 0.0, 0.0),
         (f"{T} x {S}{A}", 0.0, 0.0),
+        ("<think></semantic_elements><answer></think><semantic_elements></answer>", 0.0, 0.0),  # joints in wrong order
     ],
 )
 def test_golden_published(text, three, two):

@@ -78,6 +78,11 @@ def test_any_text_can_be_parsed(text):
     assert parse(text).well_formed in (True, False)
 
 
+def test_published_block_ends_at_a_line_feed_only():
+    assert published_block("<answer>B\rdog</answer>", "answer") == "B\rdog"
+    assert published_block("<answer>B\ndog</answer>", "answer") is None
+
+
 @given(soup | st.text())
 def test_published_block_is_the_published_pattern(text):
     for name in ("think", "answer"):
