@@ -8,7 +8,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-PYTHON ?= $(shell command -v python3.11 || echo python3)
+PYTHON ?= $(if $(shell command -v python3.11),python3.11,python3)
 EXTRA  ?= auto
 NPROC  ?= 1
 TESTS  ?= tests
@@ -28,10 +28,11 @@ export OMP_NUM_THREADS ?= $(if $(filter 1,$(NPROC)),$(shell n=$$(nproc); echo $$
 # On a CPU, compiling costs vLLM's first answer 20 s and wins nothing. Read when a recipe runs: set-up writes the stamp.
 export TORCHDYNAMO_DISABLE = $(if $(filter gpu,$(file < $(STAMP))),0,1)
 
-# The overrides: MAKEOVERRIDES has their names, $(value) their text as it was typed, which goes on in single quotes. Nothing
-# here has a name in small letters, which an override might take.
+# The overrides: MAKEOVERRIDES has their names (the last one first), $(value) their text as it
+# was typed, which goes on in single quotes. No variable here has a name in small letters, which an override might take.
 OURS     := ARGS DRY EXPERIMENT EXTRA NPROC PYTHON TESTS UV VENV OMP_NUM_THREADS PYTHONWARNINGS TOKENIZERS_PARALLELISM
-GIVEN    := $(foreach W,$(MAKEOVERRIDES),$(if $(findstring =,$(W)),$(firstword $(subst =, ,$(W)))))
+REVERSED  = $(if $(1),$(call REVERSED,$(wordlist 2,$(words $(1)),$(1))) $(firstword $(1)))
+GIVEN    := $(foreach W,$(call REVERSED,$(MAKEOVERRIDES)),$(if $(findstring =,$(W)),$(firstword $(subst =, ,$(W)))))
 GIVEN    := $(foreach W,$(GIVEN),$(if $(filter command,$(firstword $(origin $(W)))),$(W)))
 CAPITALS := $(if $(GIVEN),$(shell printf '%s\n' '$(subst $() ,' ',$(strip $(GIVEN)))' | grep -xE '[A-Z_]+'))
 UNKNOWN  := $(filter-out $(OURS),$(CAPITALS))

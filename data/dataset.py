@@ -49,7 +49,7 @@ class Dataset:
 
     def clip(self, question: Question) -> Clip:
         """The waveform of a question. Raises ClipError (data.audio)."""
-        key = (question.audio, question.start, question.end)
+        key = _stretch(question)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
@@ -64,7 +64,10 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """Short hash over all rows of both splits: two runs with the same one asked the same questions."""
-        rows = [[q.id, q.audio.name, q.start, q.end, q.question, q.choices, q.answer] for q in [*self.train, *self.eval]]
+        rows = [
+            [[q.id, q.audio.name, q.start, q.end, q.question, q.choices, q.answer] for q in split]
+            for split in (self.train, self.eval)
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
     def _accept(self, split: str, source: Iterable[Question], progress: Callable | None) -> list[Question]:
@@ -72,36 +75,47 @@ class Dataset:
         problems = list(getattr(source, "problems", []))
         total = len(questions) + len(problems)
         file, lines = str(getattr(source, "path", f"data.{split}")), getattr(source, "lines", {})
-        good = []
+        good: dict[str, Question] = {}
         for i, question in enumerate(questions):
+            line = lines.get(question.id, i + 1)
             try:
+                if question.id in good:  # a manifest has looked already; a list from a user's function has not
+                    problems.append(Problem(file, line, question.id, "duplicate_id", f"id {question.id!r} came before"))
+                    continue
                 if self.verify == "decode":
                     self.clip(question)
                 elif self.verify == "header":
-                    check_header(question.audio, start=question.start, end=question.end, **self.limits)
-                good.append(question)
+                    check_header(question.audio, start=question.start, end=question.end, hz=self.hz, **self.limits)
+                good[question.id] = question
             except ClipError as error:
-                problems.append(Problem(file, lines.get(question.id, i + 1), question.id, error.reason, str(error)))
+                problems.append(Problem(file, line, question.id, error.reason, str(error)))
             if progress:
                 progress(i + 1, len(questions))
-        if total == 0 or not good:
-            first = f"; the first problem: {problems[0].message}" if problems else ""
-            raise DataError(f"data.{split} ({file}) has no usable question{first}")
-        if len(problems) > self.max_bad_fraction * total:
+        if total == 0:
+            raise DataError(f"data.{split} ({file}) has no questions")
+        if not good or len(problems) > self.max_bad_fraction * total:
+            see = f"See all with `python -m data.check {file}`. " if hasattr(source, "path") else ""
             shown = "\n".join(f"  {p.file}:{p.line} {p.id or '-'} {p.reason}: {p.message}" for p in problems[:10])
             raise DataError(
-                f"{len(problems)} of {total} rows of data.{split} are bad, more than data.max_bad_fraction="
-                f"{self.max_bad_fraction} allows. The first ones:\n{shown}\nSee all with `python -m data.check {file}`, "
-                f"mend them, or raise data.max_bad_fraction"
+                f"{len(problems)} of {total} rows of data.{split} are bad, data.max_bad_fraction="
+                f"{self.max_bad_fraction} allows {int(self.max_bad_fraction * total)}. The first ones:\n{shown}\n"
+                f"{see}Mend them, or raise data.max_bad_fraction"
             )
         self.problems += problems
-        return good
+        return list(good.values())
 
     def _check_held_out(self) -> None:
         ids = {q.id for q in self.train}
-        clips = {(q.audio, q.start, q.end) for q in self.train}
+        clips = {_stretch(q) for q in self.train}
         for q in self.eval:
             if q.id in ids:
-                raise DataError(f"question {q.id!r} is in data.train and in data.eval: held-out questions must be held out")
-            if (q.audio, q.start, q.end) in clips:
-                raise DataError(f"the clip of held-out question {q.id!r} ({q.audio}) is in data.train too")
+                raise DataError(f"question {q.id!r} is in data.train and data.eval: held-out must be held out")
+            if _stretch(q) in clips:
+                raise DataError(
+                    f"the clip of held-out question {q.id!r} ({q.audio}) is in data.train too: keep all questions "
+                    f"about a clip on one side"
+                )
+
+
+def _stretch(question: Question) -> tuple:
+    return question.audio, question.start or 0.0, question.end

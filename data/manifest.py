@@ -1,15 +1,17 @@
 """The one manifest format: JSON lines of id, audio, start?, end?, question, choices[], answer (index), task?, source?,
-license?, meta? (anything). Errors name file, line and key."""
+license?, meta? (an object, not read). Errors name file, line and key."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 
 from data.question import Question
 
@@ -36,9 +38,9 @@ class Manifest:
     path: Path
     questions: list[Question]
     problems: list[Problem]
-    lines: dict[str, int]  # question id -> line
+    lines: dict[str, int] = field(default_factory=dict)  # question id -> line
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Question]:
         return iter(self.questions)
 
     def __len__(self) -> int:
@@ -46,6 +48,8 @@ class Manifest:
 
 
 class RowError(ValueError):
+    """A row that cannot be used; becomes a Problem."""
+
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
@@ -61,12 +65,10 @@ def read(path: str | Path, *, root: str | Path | None = None) -> Manifest:
         raise FileNotFoundError(f"manifest {path} does not exist: set data.train.path / data.eval.path")
     root = (path.parent if root is None else Path(root)).resolve()
     questions, problems, lines = [], [], {}
-    rows = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.strip():
                 continue
-            rows += 1
             row = None
             try:
                 row = _parse(raw)
@@ -79,15 +81,21 @@ def read(path: str | Path, *, root: str | Path | None = None) -> Manifest:
                 continue
             lines[question.id] = number
             questions.append(question)
-    if rows == 0:
+    if not questions and not problems:
         raise ValueError(f"manifest {path} has no rows")
     return Manifest(path, questions, problems, lines)
+
+
+def scan(path: str | Path, *, root: str | Path | None = None) -> tuple[list[Question], list[Problem]]:
+    """`read` as a pair: good questions, problems of the bad rows."""
+    manifest = read(path, root=root)
+    return manifest.questions, manifest.problems
 
 
 def write(path: str | Path, questions: Iterable[Question], root: str | Path) -> None:
     """Write questions as a manifest, audio paths relative to `root`; under a temporary name, then renamed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         for q in questions:
             row = {"id": q.id, "audio": os.path.relpath(q.audio, root), "question": q.question,
@@ -101,7 +109,7 @@ def write(path: str | Path, questions: Iterable[Question], root: str | Path) -> 
 def _parse(raw: bytes) -> dict:
     try:
         row = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: wrong JSON, wrong UTF-8, a number of 5,000 digits
         raise RowError("bad_json", f"not a line of JSON: {error}") from error
     if not isinstance(row, dict):
         raise RowError("bad_json", f"a row must be a JSON object, got {type(row).__name__}")
@@ -109,42 +117,67 @@ def _parse(raw: bytes) -> dict:
 
 
 def _question(row: dict, root: Path) -> Question:
+    _check_keys(row)
+    for key in ("id", "audio", "question"):
+        _check_text(key, row[key])
+    _check_choices(row["choices"])
+    answer, n = row["answer"], len(row["choices"])
+    if not 0 <= answer < n:
+        raise RowError("answer_range", f"answer {answer} is not an index into {n} choices (0 is the first)")
+    start, end = (row.get(key) for key in ("start", "end"))
+    if not 0 <= (start or 0.0) < (math.inf if end is None else end) or end == math.inf:
+        raise RowError("bad_range", f"start {start} and end {end} must be seconds with 0 <= start < end")
+    return Question(row["id"], _audio(row["audio"], root), row["question"], tuple(row["choices"]), answer,
+                    start, end, *(row.get(k) for k in ("task", "source", "license")))  # fmt: skip
+
+
+def _check_keys(row: dict) -> None:
     known = REQUIRED | OPTIONAL
     for key in row:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else "put extra fields under 'meta'"
             raise RowError("unknown_key", f"unknown key {key!r}; {hint}")
-    for key, kind in REQUIRED.items():
-        if key not in row:
+    for key, kind in known.items():
+        if key in REQUIRED and key not in row:
             raise RowError("missing_key", f"key {key!r} is missing")
-        _typed(key, row[key], kind)
-    for key, kind in OPTIONAL.items():
-        if row.get(key) is not None:
-            _typed(key, row[key], kind)
-    choices = row["choices"]
-    for text in [row["id"], row["question"], *choices]:
-        if not isinstance(text, str) or not text.strip():
-            raise RowError("empty_text", "id, question and every choice must be non-empty text")
-        if SPECIAL_TOKEN.search(text):
-            raise RowError("special_token", f"{text!r} holds a chat or audio token, which would break the prompt")
-    if len(choices) < 2:
-        raise RowError("few_choices", f"{len(choices)} choices, at least 2 are needed")
+        value = row.get(key)
+        if key in OPTIONAL and value is None:
+            continue
+        is_right = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+        if not is_right or isinstance(value, bool):  # True is an int to Python, but not an index
+            raise RowError("bad_type", f"key {key!r} must be {kind.__name__}, got {value!r}"[:300])
+
+
+def _check_text(key: str, text) -> None:
+    if not isinstance(text, str):
+        raise RowError("bad_type", f"key {key!r}: {text!r} must be str"[:300])
+    if not text.strip():
+        raise RowError("empty_text", f"key {key!r} is empty")
+    if SPECIAL_TOKEN.search(text):
+        raise RowError("special_token", f"key {key!r}: {text!r} holds a chat or audio token, which breaks the prompt")
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise RowError("bad_text", f"key {key!r}: {text!r} holds a NUL or half a surrogate pair")
+
+
+def _check_choices(choices: list) -> None:
+    for text in choices:
+        _check_text("choices", text)
+        if "\n" in text:
+            raise RowError("line_break", f"choice {text!r} has a line break: it would look like two options")
+    if not 2 <= len(choices) <= len(ascii_uppercase):
+        raise RowError("num_choices", f"{len(choices)} choices: 2 to 26 are needed")
     if len({c.strip().casefold() for c in choices}) < len(choices):
         raise RowError("duplicate_choices", "two choices have the same text")
-    if all(re.match(rf"\(?{chr(65 + i)}[.):]\s", c) for i, c in enumerate(choices[:26])):
+    if all(re.match(rf"\(?{a}[.):](\s|$)", c) for a, c in zip(ascii_uppercase, choices, strict=False)):
         raise RowError("lettered_choices", "choices carry their letters ('A. dog'): give bare texts, letters are added")
-    if not 0 <= row["answer"] < len(choices):
-        raise RowError("answer_range", f"answer {row['answer']} is not an index into {len(choices)} choices (0 is the first)")
-    audio = (root / row["audio"]).resolve()
+
+
+def _audio(name: str, root: Path) -> Path:
+    try:
+        audio = (root / name).resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise RowError("path_escape", f"audio {name!r} cannot be followed: {error}") from error
     if root not in audio.parents:
-        raise RowError("path_escape", f"audio {row['audio']!r} lies outside the data root {root}")
-    return Question(row["id"], audio, row["question"], tuple(choices), row["answer"],
-                    **{k: row.get(k) for k in ("start", "end", "task", "source", "license")})  # fmt: skip
-
-
-def _typed(key: str, value, kind: type) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    right = number if kind is float else isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    if not right:
-        raise RowError("bad_type", f"key {key!r} must be {kind.__name__}, got {value!r}"[:300])
+        raise RowError("path_escape", f"audio {name!r} lies outside the data root {root}: set root, or move the file")
+    return audio

@@ -15,8 +15,8 @@ class Prompt:
         system: text of the system turn, or null for none.
         instruction: stands before the question; `{words}` is replaced by `words`.
         words: the thought's word budget.
-        options: "lines" puts the options on lines 'A. text' under 'Choices:', "inline" after the question as '(A) text'.
-    Raises ValueError for a placeholder that nothing fills: the published training sent `{args.target_length}` literally.
+        options: "lines" puts each on a line 'A. text' under 'Choices:', "inline" all after the question as '(A) text'.
+    Raises ValueError for a placeholder that nothing fills: the published training sent `{args.target_length}`.
     """
 
     def __init__(self, system: str | None, instruction: str, words: int | None = None, options: str = "lines"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import gcd
 
 import numpy as np
 
@@ -13,35 +14,49 @@ from data.question import Question
 class Sampler:
     """`per_step` distinct questions a step, from one seeded permutation of all questions after another.
 
-    Raises ValueError when a step is larger than the data set.
+    Slot k of the run is position k % n of epoch k // n. Raises ValueError when a step is larger than the data set.
     """
 
     def __init__(self, questions: Sequence[Question], per_step: int, seed: int):
         if not 1 <= per_step <= len(questions):
             raise ValueError(f"questions={per_step} a step, but there are {len(questions)} training questions")
         self.questions, self.per_step, self.seed = list(questions), per_step, seed
-        self._order = lru_cache(maxsize=4)(self._permutation)
+        self._order = lru_cache(maxsize=4)(self._compute_order)
 
     def batch(self, step: int, bad: frozenset[str] = frozenset()) -> list[Question]:
-        """The questions of `step`. One whose id is in `bad`, or that the batch holds already (where two epochs meet),
-        gives its place to the next question of the order that is neither."""
+        """The questions of `step`. One whose id is in `bad` gives its place to the next of the order that is neither
+        bad nor in the batch. Raises ValueError if too few good ones are left."""
         first = step * self.per_step
         batch: dict[str, Question] = {}
-        for slot in range(first, first + self.per_step + 2 * len(self.questions)):
-            question = self._at(slot)
+        for slot in range(first, first + self.per_step + 2 * len(self.questions)):  # spans at least one whole epoch
+            epoch, position = divmod(slot, len(self.questions))
+            question = self.questions[self._order(epoch)[position]]
             if question.id not in bad and question.id not in batch:
                 batch[question.id] = question
                 if len(batch) == self.per_step:
                     return list(batch.values())
-        raise ValueError(f"{len(bad)} bad questions leave fewer than the {self.per_step} that a step needs")
+        raise ValueError(f"{len(bad)} bad questions leave {len(batch)} good ones, a step needs {self.per_step}")
 
     def epoch(self, step: int) -> float:
         """Passes over the data made before `step`."""
         return step * self.per_step / len(self.questions)
 
-    def _at(self, slot: int) -> Question:
-        epoch, position = divmod(slot, len(self.questions))
-        return self.questions[self._order(epoch)[position]]
+    def _compute_order(self, epoch: int) -> np.ndarray:
+        """The epoch's permutation [n], repaired where it shares a batch with the end of the epoch before.
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.questions))
+        A repair moves only the first `per_step` positions. Where an epoch has two batches or more its end is thus as
+        it was shuffled; else the repairs hang together back to the last epoch that began with a batch of its own.
+        """
+        n, size = len(self.questions), self.per_step
+        begin = max(0, epoch - 1) if n >= 2 * size else epoch - epoch % (size // gcd(n, size))
+        order = None
+        for e in range(begin, epoch + 1):
+            previous, order = order, np.random.default_rng([self.seed, e]).permutation(n)
+            head = -e * n % size  # this epoch's questions in the batch that the epoch before began
+            if head and previous is not None:
+                tail = set(previous[head - size :].tolist())
+                swaps = (i for i in range(head, n) if order[i] not in tail)
+                for i in [i for i in range(head) if order[i] in tail]:
+                    j = next(swaps)
+                    order[i], order[j] = order[j], order[i]
+        return order

@@ -183,8 +183,7 @@ def make_environment(venv: Path, extra: str):
     """Everything, in order. The stamp comes last: a set-up that was stopped halfway is begun again."""
     python, stamp, log = venv / "bin" / "python", venv / ".stamp", venv / "setup.log"
     base = find_python()
-    lock_file = ROOT / "requirements" / f"{extra}.txt"
-    lock = locked(lock_file.read_text())
+    lock = locked((ROOT / "requirements" / f"{extra}.txt").read_text())
 
     fit = stamp.exists() and stamp.read_text().strip() == extra and interpreter_version(python) == WANTED
     if venv.exists() and not fit:  # half made, of the other kind, or of a Python that is gone
@@ -208,7 +207,11 @@ def make_environment(venv: Path, extra: str):
     tools = venv / "build-tools.txt"  # first the tools that build the packages which come as source
     tools.write_text("".join(lock[name] for name in BUILD_TOOLS if name in lock))
     steps.run(*pip, "-r", tools, env=env)
-    steps.run(*pip, "--no-build-isolation", "-r", lock_file, env=env, count=("Collecting", len(lock)))
+    everything = (
+        venv / "requirements.txt"
+    )  # torch first: a pip that cannot find it says so before it downloads the rest
+    everything.write_text("".join(lock[name] for name in sorted(lock, key=lambda name: name != "torch")))
+    steps.run(*pip, "--no-build-isolation", "-r", everything, env=env, count=("Collecting", len(lock)))
     steps.end()
 
     steps.begin("this project, editable")
