@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there: written under a temporary name, then renamed.
 
-    checkpoints/step-000100/adapter_config.json + adapter_model.safetensors     peft's layout
-                            trainer.json                                        step, quarantined ids, best so far
-                            optimizer.pt | zero/                                grpo/engine.py
-    checkpoints/best.json, last.json                                            which folder is which
+checkpoints/step-000100/adapter_config.json + adapter_model.safetensors     peft's layout
+                        trainer.json                                        step, quarantined ids, best so far
+                        optimizer.pt | zero/                                grpo/engine.py
+checkpoints/best.json, last.json                                            which folder is which
 """
 
 from __future__ import annotations

@@ -67,14 +67,20 @@ def settings(cfg: DictConfig) -> Settings:
     values = {}
     hints = typing.get_type_hints(Settings)
     for f in fields(Settings):
-        key = f.name.replace("_", ".", 1) if f.name.split("_")[0] in ("eval", "checkpoint", "log", "samples") else f.name
+        key = (
+            f.name.replace("_", ".", 1) if f.name.split("_")[0] in ("eval", "checkpoint", "log", "samples") else f.name
+        )
         values[f.name] = check_type(key, OmegaConf.select(cfg, key), hints[f.name])
     return Settings(**values)
 
 
 def check_type(key: str, value, hint):
     """`value` if it is of the annotated plain type (an int passes as a float), else ConfigError naming the key."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
     if not all(o in (int, float, bool, str, type(None)) for o in options):
         return value  # not a plain type: the component checks it itself
     if float in options and isinstance(value, int) and not isinstance(value, bool):

@@ -19,7 +19,8 @@ class Display:
         self.live = rank == 0 and self.console.is_terminal
         self.log_every = log_every
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                   TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+                   TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"),
+                   TimeRemainingColumn())  # fmt: skip
         self.progress = Progress(*columns, console=self.console, disable=not self.live)
         self.task = None
 

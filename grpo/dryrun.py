@@ -45,9 +45,11 @@ def dry_run(cfg: DictConfig, display: Display) -> None:
                         f"{len(run.dataset.problems)} left out")  # fmt: skip
         questions = run.dataset.train[:32]
         lengths = [len(run.encode(q).prompt_ids) for q in questions]
-        text = "\n".join(p["text"] for m in run.policy.prompt.messages(questions[0]) for p in m["content"] if "text" in p)
+        text = "\n".join(
+            p["text"] for m in run.policy.prompt.messages(questions[0]) for p in m["content"] if "text" in p
+        )
         display.say("prompt    " + text.replace("\n", "\n          "))
-        display.say(f"tokens    prompts {min(lengths)} to {max(lengths)} (25 a second of audio; text by the tiny tokenizer), "
+        display.say(f"tokens    prompts {min(lengths)} to {max(lengths)} (25 a second; text by the tiny tokenizer), "
                     f"completions up to {cfg.max_tokens}")  # fmt: skip
         display.say(run.header())
         metrics, rows = loop.step(run, 0)

@@ -146,7 +146,9 @@ class Engine:
         """Put the optimizer's state back. Raises FileNotFoundError if it was saved under another kind of stage."""
         kind = "zero" if self.stage else "optimizer.pt"
         if not (folder / kind).exists():
-            raise FileNotFoundError(f"{folder} holds no {kind}: it was saved with another engine= than stage {self.stage}")
+            raise FileNotFoundError(
+                f"{folder} holds no {kind}: it was saved with another engine= than stage {self.stage}"
+            )
         if self.stage:
             self.deepspeed.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
         else:

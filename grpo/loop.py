@@ -16,7 +16,7 @@ from grpo.rollout import Sampling
 
 
 def load_questions(run, step: int) -> tuple[list, list[Encoded]]:
-    """This rank's questions of `step`, encoded. A clip that cannot be read is quarantined on every rank and replaced."""
+    """This rank's questions of `step`, encoded. An unreadable clip is quarantined on every rank and replaced."""
     share = run.settings.questions // run.engine.world
     while True:
         questions = run.sampler.batch(step, frozenset(run.quarantined))
@@ -111,7 +111,9 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict]]:
         run.version += 1
         run.sync.push(run.version)
 
-    metrics = group_metrics(groups, reward_BG, component_NR, run.rewards.names, len({f.index for f in scores.failures}), engine)
+    metrics = group_metrics(
+        groups, reward_BG, component_NR, run.rewards.names, len({f.index for f in scores.failures}), engine
+    )
     metrics |= tokens.result(engine) | engine.reduce({"loss": loss_sum})
     metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
     run.tokens += int(engine.reduce({"n": sum(len(g.prompt.prompt_ids) for g in groups)})["n"] + n_tokens)

@@ -22,7 +22,7 @@ MEANING = {
     "kl": "KL estimate against the reference per token, mean over the step's tokens; absent when beta is 0",
     "entropy": "entropy of the next-token distribution in nats, mean over the step's tokens",
     "ratio/mean": "importance ratio π/π_old (also ratio/max, ratio/min); 1 at the first update of a rollout",
-    "clip_ratio/low_mean": "share of tokens where the lower clip binds (A < 0); clip_ratio/high_mean: the upper (A > 0)",
+    "clip_ratio/low_mean": "share of tokens where the lower clip binds (A < 0); clip_ratio/high_mean: the upper",
     "sampling/sampling_logp_difference/mean": "|log π_old - log π_sampler| per token (also max): 0 when sync is exact",
     "sampling/importance_sampling_ratio/mean": "π_old/π_sampler per token (also min, max)",
     "loss": "the step's loss; near 0 on-policy, its gradient is not",
@@ -94,7 +94,7 @@ def group_metrics(groups: Sequence[Group], reward_BG: Tensor, component_NR: Tens
 def as_markdown() -> str:
     """docs/metrics.md: `python -m grpo.metrics > docs/metrics.md`."""
     rows = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in MEANING.items())
-    return f"# Metrics\n\nOne line a step in `metrics.jsonl`, the same names in wandb.\n\n| name | meaning |\n|---|---|\n{rows}"
+    return f"# Metrics\n\nOne line a step in `metrics.jsonl`, and in wandb.\n\n| name | meaning |\n|---|---|\n{rows}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -176,7 +181,7 @@ class Policy(nn.Module):
         """Token embeddings [R, L, H] with each row's audio put in its placeholders. `audio` has one entry a row."""
         embeds = self.thinker.get_input_embeddings()(ids_RL)
         is_audio = ids_RL == self.thinker.config.audio_token_id
-        if (wrong := [r for r, a in enumerate(audio) if int(is_audio[r].sum()) != len(a)]):
+        if wrong := [r for r, a in enumerate(audio) if int(is_audio[r].sum()) != len(a)]:
             raise ValueError(f"row {wrong[0]}: {int(is_audio[wrong[0]].sum())} audio placeholders for "
                              f"{len(audio[wrong[0]])} audio tokens")  # fmt: skip
         return embeds.masked_scatter(is_audio[..., None], torch.cat(list(audio)).to(embeds.dtype))
@@ -228,7 +233,7 @@ class Policy(nn.Module):
         mask = mask.to(self.device)
         with torch.no_grad():
             embeds = self.embed(ids.to(self.device), self.encode_audio(prompts))
-            # The prompt is computed once per question, all but its last token; the copies start from its keys and values.
+            # The prompt is computed once per question, all but its last token; copies start from its keys and values.
             cache = DynamicCache(config=self.thinker.config.get_text_config())
             position = (mask.cumsum(-1) - 1).clamp_min(0)[None].expand(3, -1, -1)
             self.thinker.model(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache,
@@ -290,5 +295,5 @@ def add_lora(thinker, *, r, alpha, dropout, targets, seed=0, audio_tower=False):
     hit = model.base_model.targeted_module_names
     if (stray := [name for name in hit if name.startswith(("audio_tower", "visual"))]) and not audio_tower:
         raise ValueError(f"model.lora.targets={targets!r} also matches the audio tower ({stray[0]} and "
-                         f"{len(stray) - 1} more); anchor it at the language model: 'model\\.layers\\.\\d+\\..*'")  # fmt: skip
+                         f"{len(stray) - 1} more); anchor it: 'model\\.layers\\.\\d+\\..*'")  # fmt: skip
     return model

@@ -79,9 +79,10 @@ class Run:
         path = prepare_model(cfg, self.dataset, prompt, self.rank, self.world, display)
         zero = zero_config(stage=cfg.engine.stage, micro_batches=micro_batches, clip=cfg.optim.clip,
                            dtype=cfg.model.dtype, world=self.world)  # fmt: skip
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.policy = Policy(
             path, OmegaConf.to_container(cfg.model.lora) | {"seed": s.seed}, prompt=prompt, dtype=cfg.model.dtype,
-            temperature=s.temperature, device=f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu",
+            temperature=s.temperature, device=device,
             gradient_checkpointing=cfg.model.gradient_checkpointing, forward=cfg.model.forward,
             attention=cfg.model.attention, zero3=zero if cfg.engine.stage == 3 else None,
         )  # fmt: skip
@@ -129,7 +130,8 @@ class Run:
             f"policy    {self.cfg.model.name}, {trained:,} LoRA weights on {len(self.engine.trainable) // 2} modules, "
             f"{self.cfg.model.dtype}, ZeRO-{self.engine.stage}, {self.world} rank(s)\n"
             f"data      {len(self.dataset.train)} training and {len(self.dataset.eval)} held-out questions, "
-            f"{len(self.dataset.problems)} left out, audio: {self.cfg.data.audio}, fingerprint {self.dataset.fingerprint}"
+            f"{len(self.dataset.problems)} left out, audio: {self.cfg.data.audio}, "
+            f"fingerprint {self.dataset.fingerprint}"
         )
 
     # ---------------------------------------------------------------- the whole run
@@ -141,7 +143,9 @@ class Run:
         show.say(self.header())
         state = self._restore() if s.resume else None
         if state is None and (self.folder / "metrics.jsonl").exists():
-            raise ConfigError(f"{self.folder} already holds a run: choose another name=, or continue it with resume=true")
+            raise ConfigError(
+                f"{self.folder} already holds a run: choose another name=, or continue it with resume=true"
+            )
         first = state["step"] if state else 0
         tracker = build(self.cfg.tracking, "tracking") if self.rank == 0 else NoTracker()
         tracker.start(self.folder, OmegaConf.to_container(self.cfg, resolve=True), self.folder.name)

@@ -68,7 +68,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     raw.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     state = json.loads(raw.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
-        vocab=state["vocab"], merges=[tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]],
+        vocab=state["vocab"], merges=[tuple(m) for m in state["merges"]],
         unk_token=None, bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=NAMED,
     )  # fmt: skip
     missing = [t for t in SPECIAL if tokenizer.convert_tokens_to_ids(t) is None]
@@ -79,7 +79,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 def build(folder: Path, texts: Iterable[str], *, hidden=128, layers=2, audio_hidden=256, audio_layers=1, vocab_size=640,
           max_seconds=10, seed=0) -> None:  # fmt: skip
-    """Write a checkpoint into `folder`. Same arguments, same bytes. Raises ValueError if hidden is no multiple of 32."""
+    """Write a checkpoint into `folder`; same arguments, same bytes. ValueError if hidden is no multiple of 32."""
     if hidden % 32:
         raise ValueError(f"model.build.hidden must be a multiple of 32 (the head size), got {hidden}")
     tokenizer = train_tokenizer(texts, vocab_size)
@@ -125,7 +125,9 @@ def build(folder: Path, texts: Iterable[str], *, hidden=128, layers=2, audio_hid
 
 
 @torch.no_grad()
-def centre_audio(model: Qwen2_5OmniThinkerForConditionalGeneration, extractor: WhisperFeatureExtractor, seed: int) -> None:
+def centre_audio(
+    model: Qwen2_5OmniThinkerForConditionalGeneration, extractor: WhisperFeatureExtractor, seed: int
+) -> None:
     """Shift and scale the tower's projection so that its output has mean 0 and variance 1 over noise and plain tones.
 
     A data-dependent initialisation (as in LSUV, arXiv 1511.06422), blind to any label: a random tower's output is else
@@ -134,7 +136,9 @@ def centre_audio(model: Qwen2_5OmniThinkerForConditionalGeneration, extractor: W
     rng = np.random.default_rng(seed)
     time = np.arange(16000) / 16000
     waves = [0.3 * rng.standard_normal(16000) for _ in range(12)]
-    waves += [0.3 * np.sin(2 * np.pi * f * time) + 0.003 * rng.standard_normal(16000) for f in rng.uniform(200, 4000, 12)]
+    waves += [
+        0.3 * np.sin(2 * np.pi * f * time) + 0.003 * rng.standard_normal(16000) for f in rng.uniform(200, 4000, 12)
+    ]
     features = extractor([w.astype(np.float32) for w in waves], sampling_rate=16000, padding="longest",
                          return_attention_mask=True, return_tensors="pt")  # fmt: skip
     out = model.get_audio_features(features["input_features"], features["attention_mask"]).last_hidden_state
@@ -159,7 +163,9 @@ def save_full_omni(model: Qwen2_5OmniThinkerForConditionalGeneration, folder: Pa
 
 def corpus(questions: Iterable, prompt) -> list[str]:
     """What the tokenizer is trained on: the prompts and options of the data set, and the lessons of the warm start."""
-    texts = [f"<think>{t}</think>\n<semantic_elements>{e}</semantic_elements>\n" for t in sft.THOUGHTS for e in sft.ELEMENTS]
+    texts = [
+        f"<think>{t}</think>\n<semantic_elements>{e}</semantic_elements>\n" for t in sft.THOUGHTS for e in sft.ELEMENTS
+    ]
     for question in questions:
         texts += [part["text"] for m in prompt.messages(question) for part in m["content"] if "text" in part]
         texts += [f"<answer>{choice}</answer>" for choice in question.choices]
@@ -174,7 +180,9 @@ def prepared(cache: Path, spec: dict, dataset, prompt, *, seed: int, report: Cal
     from grpo.policy import Policy
 
     texts = corpus(dataset.train[:500], prompt)
-    made_from = json.dumps([spec, texts, seed, dataset.audio, Path(__file__).read_text(), Path(sft.__file__).read_text()])
+    made_from = json.dumps(
+        [spec, texts, seed, dataset.audio, Path(__file__).read_text(), Path(sft.__file__).read_text()]
+    )
     folder = Path(cache) / f"tiny-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder

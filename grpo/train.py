@@ -1,4 +1,4 @@
-"""Entry point: `python -m grpo.train [key=value ...]`. Composes the config, checks it, runs. `--help` lists the keys."""
+"""Entry point: `python -m grpo.train [key=value ...]`: composes the config, checks it, runs. See `--help`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def guard_packages() -> None:
 
     home = Path(__file__).resolve().parent.parent
     for package in (data, rewards, conf):
-        found = Path(package.__file__ or list(package.__path__)[0]).resolve()
+        found = Path(package.__file__ or next(iter(package.__path__))).resolve()
         if home not in found.parents:
             sys.exit(f"the package {package.__name__!r} was imported from {found}, not from {home}: start from another "
                      f"folder, or rename what shadows it")  # fmt: skip

@@ -82,7 +82,9 @@ class SetupError(Exception):
 def find_python(path: str | None = None, running: tuple[int, ...] = tuple(sys.version_info[:2])) -> str:
     """An interpreter of the wanted version: the running one, else one on `path` (PATH)."""
     if tuple(running) == WANTED:
-        return sys.executable
+        return getattr(
+            sys, "_base_executable", sys.executable
+        )  # not a virtual environment's: it may be the one to replace
     for name in ("python3.11", "python3"):
         found = shutil.which(name, path=path)
         if found and interpreter_version(found) == WANTED:
@@ -189,7 +191,12 @@ def make_environment(venv: Path, extra: str):
     if venv.exists() and not fit:  # half made, of the other kind, or of a Python that is gone
         if any(venv.iterdir()) and not log.exists():
             raise SetupError(f"{venv} exists and was not made by this set-up: remove it, or choose another with --venv")
-        shutil.rmtree(str(venv))
+        for child in venv.iterdir():
+            if child.is_symlink() or child.is_file():
+                if child != log:  # stays: it tells that the folder is ours, should this be stopped halfway too
+                    child.unlink()
+            else:
+                shutil.rmtree(str(child))
     venv.mkdir(parents=True, exist_ok=True)
     if stamp.exists():
         stamp.unlink()
@@ -242,6 +249,8 @@ def main():
         make_environment(args.venv.absolute(), choose_extra(args.extra))
     except SetupError as error:
         sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the next set-up begins anew")
 
 
 if __name__ == "__main__":

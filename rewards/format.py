@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from rewards.tags import TAGS, parse
 
@@ -33,7 +34,7 @@ def published(completion: str, *, semantic: bool = True) -> float:
         return 0.0
     names = TAGS if semantic else ("think", "answer")
     position = len(head)
-    for left, right in zip(names, names[1:], strict=False):
+    for left, right in pairwise(names):
         junction = re.compile(rf"</{left}>\s*<{right}>").search(completion, position)
         if junction is None:
             return 0.0

@@ -22,7 +22,10 @@ def make_prompt() -> Prompt:
 
 
 def make_question(name: str, **changes) -> Question:
-    return Question(**{"id": name, "audio": None, "question": f"Which sound is in {name}?", "choices": CHOICES, "answer": 1} | changes)
+    return Question(
+        **{"id": name, "audio": None, "question": f"Which sound is in {name}?", "choices": CHOICES, "answer": 1}
+        | changes
+    )
 
 
 def make_clip(seed: int, seconds: float = 0.6) -> Clip:

@@ -48,7 +48,9 @@ def test_published_values():
     assert (cfg.loss.surrogate.clip_low, cfg.loss.surrogate.clip_high) == (0.2, 0.2)
     assert (cfg.optim.schedule.lr, cfg.engine.stage, cfg.temperature) == (1e-6, 3, 0.9)
     assert (cfg.advantage.ddof, cfg.advantage.eps) == (1, 1e-4)
-    assert "25 words" in " ".join(p["text"] for m in build(cfg.prompt, "prompt").messages(_question()) for p in m["content"] if "text" in p)
+    assert "25 words" in " ".join(
+        p["text"] for m in build(cfg.prompt, "prompt").messages(_question()) for p in m["content"] if "text" in p
+    )
 
 
 def _question():
@@ -100,7 +102,7 @@ def test_uneven_splits_are_refused():
 def test_a_partial_with_missing_arguments_is_refused_at_the_start():
     from grpo.loss.aggregate import constant
 
-    with pytest.raises(ConfigError, match="loss.aggregate.*length"):
+    with pytest.raises(ConfigError, match=r"loss\.aggregate.*length"):
         check_call("loss.aggregate", constant, "loss_NT", "x")
 
 

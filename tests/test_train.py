@@ -12,7 +12,8 @@ from tests.grpo.test_engine import free_port
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "steps=6", "questions=4", "generations=4", "micro_questions=2", "eval.every=3", "checkpoint.every=2", "eval.batch=16",
+    "steps=6", "questions=4", "generations=4", "micro_questions=2", "eval.every=3", "checkpoint.every=2",
+    "eval.batch=16",
     "data.train.count=64", "data.eval.count=16", "model.tiny.warm_start.steps=15", "model.tiny.build.audio_hidden=64",
     "max_tokens=24", "updates=2", "model.lora.dropout=0.05",
 ]  # fmt: skip
@@ -24,8 +25,18 @@ def work(tmp_path_factory):
 
 
 def train(work, *overrides, ranks=1, ok=True):
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"] if ranks > 1 else []
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+    launcher = (
+        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+        if ranks > 1
+        else []
+    )
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, *launcher, "-m", "grpo.train", *SMALL, "tracking=none", *overrides]
     done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=600)
     assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-4000:]
@@ -104,7 +115,7 @@ def test_stopped_and_resumed_equals_never_stopped(work, straight, stop):
     train(work, f"name={name}", f"stop_at={stop}")
     metrics = work / "outputs" / name / "metrics.jsonl"
     with metrics.open("a") as file:  # what a killed run may leave: a line past the checkpoint, and half of another
-        file.write('{"step": %d, "reward": 99}\n{"step": %d, "rew' % (stop + 1, stop + 2))
+        file.write(f'{{"step": {stop + 1}, "reward": 99}}\n{{"step": {stop + 2}, "rew')
     train(work, f"name={name}", "resume=true")
     assert timeless(lines(work, name)) == timeless(lines(work, "straight"))
     assert lines(work, name, "samples.jsonl") == lines(work, "straight", "samples.jsonl")
@@ -130,7 +141,9 @@ def test_two_ranks_make_the_same_run(work, straight, engine):
         assert a.keys() == b.keys()
         for key in a:
             assert a[key] == pytest.approx(b[key], abs=2e-4, rel=1e-3), (a["step"], key)
-    assert lines(work, name, "samples.jsonl")[0]["completion"] == lines(work, "one-rank", "samples.jsonl")[0]["completion"]
+    assert (
+        lines(work, name, "samples.jsonl")[0]["completion"] == lines(work, "one-rank", "samples.jsonl")[0]["completion"]
+    )
 
 
 def test_zero3_resumes(work):

@@ -12,6 +12,7 @@ second forward pass; (2) the aggregate's denominator is that of the whole optimi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +35,12 @@ class Objective:
     """
 
     # What each piece is called with: the start-up check binds these against the user's functions.
-    calls = {"ratio": ("x",), "surrogate": ("x", "ratio_NT"), "kl": ("x", "ratio_NT"), "aggregate": ("loss_NT", "x")}
+    calls: ClassVar = {
+        "ratio": ("x",),
+        "surrogate": ("x", "ratio_NT"),
+        "kl": ("x", "ratio_NT"),
+        "aggregate": ("loss_NT", "x"),
+    }
 
     def __init__(self, *, beta: float, ratio: Callable, surrogate: Callable, kl: Callable, aggregate: Callable,
                  mask_truncated: bool = False):  # fmt: skip

@@ -1,6 +1,6 @@
 """Computes the gradient of one fixed GRPO step in several ways; run by test_engine.py, alone or under torchrun.
 
-    python gradient_worker.py CHECKPOINT OUT VARIANTS_JSON
+python gradient_worker.py CHECKPOINT OUT VARIANTS_JSON
 """
 
 import gc
@@ -39,7 +39,9 @@ def fixed_groups(policy):
     return groups
 
 
-def gradients(checkpoint, *, stage, micro, pad="right", layout="shared", checkpointing=False, aggregated="sequence_mean"):
+def gradients(
+    checkpoint, *, stage, micro, pad="right", layout="shared", checkpointing=False, aggregated="sequence_mean"
+):
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share = QUESTIONS // world
     zero = zero_config(stage=stage, micro_batches=share // micro, clip=1e9, dtype="float32", world=world)
@@ -81,7 +83,12 @@ def gradients(checkpoint, *, stage, micro, pad="right", layout="shared", checkpo
     with engine.gathered():
         weights = {f"after/{n}": p.detach().clone() for n, p in engine.trainable.items()}
     loss = engine.reduce({"loss": total})["loss"]
-    return {**grads, **weights, "loss": torch.tensor([loss], dtype=torch.float64), "norm": torch.tensor([norm], dtype=torch.float64)}
+    return {
+        **grads,
+        **weights,
+        "loss": torch.tensor([loss], dtype=torch.float64),
+        "norm": torch.tensor([norm], dtype=torch.float64),
+    }
 
 
 def main(checkpoint, out, variants):

@@ -1,4 +1,4 @@
-"""One optimizer step is one gradient, however it is split: micro-batches, ranks, ZeRO stages, padding, checkpointing."""
+"""One optimizer step is one gradient, however split: micro-batches, ranks, ZeRO stages, padding, checkpointing."""
 
 import json
 import os
@@ -32,11 +32,23 @@ def free_port() -> int:
 
 
 def run_worker(checkpoint, out, ranks, variants):
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+        if ranks > 1
+        else []
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
            "DS_ACCELERATOR": "cpu"}  # fmt: skip
-    command = [sys.executable, *launcher, str(Path(__file__).with_name("gradient_worker.py")), str(checkpoint), str(out)]
-    done = subprocess.run([*command, json.dumps(variants)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        *launcher,
+        str(Path(__file__).with_name("gradient_worker.py")),
+        str(checkpoint),
+        str(out),
+    ]
+    done = subprocess.run(
+        [*command, json.dumps(variants)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
@@ -54,7 +66,9 @@ def worst(a, b, prefix=""):
     return max((a[k] - b[k]).abs().max().item() for k in keys)
 
 
-@pytest.mark.parametrize("name", [f"1-{n}" for n in ONE if not n.startswith(("token", "constant"))] + [f"2-{n}" for n in SPLITS])
+@pytest.mark.parametrize(
+    "name", [f"1-{n}" for n in ONE if not n.startswith(("token", "constant"))] + [f"2-{n}" for n in SPLITS]
+)
 def test_every_split_gives_the_gradient_of_the_whole_step(results, name):
     whole, split = results["1-whole"], results[name]
     assert worst(whole, split) <= 1e-6

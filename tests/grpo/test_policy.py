@@ -29,7 +29,9 @@ def logps(policy, groups):
 
 
 def processor_inputs(policy, question, clip):
-    text = policy.processor.apply_chat_template(policy.prompt.messages(question), tokenize=False, add_generation_prompt=True)
+    text = policy.processor.apply_chat_template(
+        policy.prompt.messages(question), tokenize=False, add_generation_prompt=True
+    )
     return policy.processor(text=[text], audio=[clip.samples], sampling_rate=16000, return_tensors="pt")
 
 
@@ -102,7 +104,9 @@ def test_swapping_the_clip_changes_rollout_policy_and_reference(policy):
         assert (moved[3:] < 1e-5).all(), "rows of the other questions must not"
     again = groups_of(policy, clips=[make_clip(9, 0.6), *CLIPS[1:]])
     assert [c.sampler_logp for c in again[0].completions] != [c.sampler_logp for c in groups[0].completions]
-    assert [c.token_ids for g in again[1:] for c in g.completions] == [c.token_ids for g in groups[1:] for c in g.completions]
+    assert [c.token_ids for g in again[1:] for c in g.completions] == [
+        c.token_ids for g in groups[1:] for c in g.completions
+    ]
 
 
 def test_features_stay_with_their_question_in_any_batch(policy):

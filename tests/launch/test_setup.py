@@ -46,8 +46,13 @@ def test_a_named_extra_is_not_questioned(tmp_path):
     assert setup.choose_extra("cpu", path=path) == "cpu"
 
 
-def test_the_running_interpreter_is_taken_if_it_fits():
-    assert setup.find_python(running=(3, 11)) == sys.executable
+def test_the_running_interpreter_is_taken_if_it_fits_but_never_that_of_an_environment():
+    """The environment may be the one to throw away: make puts its bin/ on PATH."""
+    python = Path(setup.find_python(running=(3, 11)))
+    answer = subprocess.run(
+        [python, "-c", "import sys; print(sys.prefix == sys.base_prefix)"], capture_output=True, text=True
+    )
+    assert answer.stdout.strip() == "True"
 
 
 def test_another_interpreter_is_found_on_path(tmp_path):

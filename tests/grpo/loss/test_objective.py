@@ -30,7 +30,10 @@ def random_step(seed=0, n=6, t=7, spread=0.5, dtype=torch.float64):
     entropy = torch.rand(n, t, generator=g, dtype=dtype)
     x = LossInputs(logp, old, sampler, ref, entropy, torch.randn(n, generator=g, dtype=dtype), mask,
                    float(mask.sum()), float(n))  # fmt: skip
-    zero = {k: getattr(x, k).masked_fill(~mask, 0.0) for k in ("logp_NT", "old_logp_NT", "sampler_logp_NT", "ref_logp_NT", "entropy_NT")}
+    zero = {
+        k: getattr(x, k).masked_fill(~mask, 0.0)
+        for k in ("logp_NT", "old_logp_NT", "sampler_logp_NT", "ref_logp_NT", "entropy_NT")
+    }
     return replace(x, **zero)
 
 
@@ -48,7 +51,11 @@ def gradient(loss, x, parts=None):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.01, 0.5, 3.0]))
 def test_grpo_equals_the_slow_reference(seed, spread):
-    for name, aggregate, length in [("grpo", "sequence_mean", None), ("token_mean", "token_mean", None), ("constant", "constant", 80)]:
+    for name, aggregate, length in [
+        ("grpo", "sequence_mean", None),
+        ("token_mean", "token_mean", None),
+        ("constant", "constant", 80),
+    ]:
         x = random_step(seed, spread=spread)
         lists = [v.tolist() for v in (x.logp_NT, x.old_logp_NT, x.ref_logp_NT, x.advantage_N, x.mask_NT)]
         expected = slow_reference.loss(*lists, aggregate=aggregate, length=length)
@@ -129,7 +136,7 @@ def test_beta_zero_needs_no_reference():
 
 
 def test_first_step_identities():
-    # old = detach(new) and reference = policy: ratio 1, KL 0, no clipping; the loss value is -mean A, its gradient not 0
+    # old = detach(new), reference = policy: ratio 1, KL 0, no clipping; the loss is -mean A, its gradient not 0
     x = random_step(8)
     x = replace(x, old_logp_NT=x.logp_NT, ref_logp_NT=x.logp_NT, mask_NT=torch.ones_like(x.mask_NT), n_tokens=42.0)
     out = objective("grpo")(x)

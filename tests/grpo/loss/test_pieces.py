@@ -30,7 +30,9 @@ def inputs(rho=(1.0,), advantage=1.0, d=0.0, mask=None, n_tokens=None, n_sequenc
 )
 def test_clipped_surrogate(rho, a, high, expected):
     x = inputs([rho], a)
-    assert surrogate.clipped(x, ratio.token(x), clip_low=0.2, clip_high=high).item() == pytest.approx(expected, abs=1e-12)
+    assert surrogate.clipped(x, ratio.token(x), clip_low=0.2, clip_high=high).item() == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_clip_fraction_counts_only_where_the_clip_binds():

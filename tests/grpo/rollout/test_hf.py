@@ -40,7 +40,9 @@ def test_banned_ids_are_never_sampled(policy):
     assert audio in policy.banned_ids and not set(policy.stop_ids) & set(policy.banned_ids)
     with torch.no_grad():  # make the placeholder by far the likeliest token
         policy.thinker.lm_head.weight[audio] = 100 * policy.thinker.lm_head.weight.mean(0)
-    sampled = {t for g in sample(policy, ["x", "yy"], copies=8, max_tokens=20) for c in g.completions for t in c.token_ids}
+    sampled = {
+        t for g in sample(policy, ["x", "yy"], copies=8, max_tokens=20) for c in g.completions for t in c.token_ids
+    }
     assert sampled and not sampled & set(policy.banned_ids)
 
 
