@@ -21,9 +21,7 @@ def test_token_metrics_do_not_depend_on_the_split():
     whole, split = Accumulator(), Accumulator()
     whole.add({"kl": values, "ratio/max": values, "ratio/min": values}, mask)
     for i in range(2):
-        split.add(
-            {"kl": values[i : i + 1], "ratio/max": values[i : i + 1], "ratio/min": values[i : i + 1]}, mask[i : i + 1]
-        )
+        split.add(dict.fromkeys(("kl", "ratio/max", "ratio/min"), values[i : i + 1]), mask[i : i + 1])
     # (1 + 2 + 3 + 4) / 4 = 2.5, not the mean 2 of the two rows' means; the masked 9 is in neither extremum
     assert whole.result(OneRank()) == split.result(OneRank()) == {"kl": 2.5, "ratio/max": 4.0, "ratio/min": 1.0}
 
@@ -38,9 +36,7 @@ def test_group_metrics_by_hand():
     component = torch.tensor([[1.0], [0.0], [1.0], [float("nan")]])  # the last reward raised
     got = group_metrics(groups, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), component, ["accuracy"], 1, OneRank())
     assert got["reward"] == 0.25 and got["frac_reward_zero_std"] == 0.5 and got["rewards/failed"] == 1
-    assert got["reward_std"] == pytest.approx(
-        0.5**0.5 / 2, abs=1e-7
-    )  # sample std of (1, 0) is sqrt(1/2), of (0, 0) is 0
+    assert got["reward_std"] == pytest.approx(0.5**0.5 / 2, abs=1e-7)  # sample stds sqrt(1/2) and 0
     assert got["rewards/accuracy/mean"] == pytest.approx(2 / 3)  # of the three that are known
     assert (got["completions/mean_length"], got["completions/min_length"], got["completions/max_length"]) == (5, 2, 8)
     assert got["completions/clipped_ratio"] == 0.25
