@@ -61,7 +61,7 @@ def closing_lines(summary: dict, folder: Path) -> str:
     return (
         f"accuracy  {summary['accuracy/start']:.3f} at the start -> {summary['accuracy/final']:.3f} now, best "
         f"{summary['accuracy/best']:.3f} (chance {summary['accuracy/chance']:.3f}; {heldout} held-out)\n"
-        f"reward    {summary['reward/first']:.3f} -> {summary['reward/last']:.3f} (means of the first and last ten steps)\n"
+        f"reward    {summary['reward/first']:.3f} -> {summary['reward/last']:.3f} (first and last ten steps)\n"
         f"trained   {summary['steps']} steps, {summary['completions']} completions, {summary['tokens']} tokens\n"
         f"cost      {summary['seconds']:.0f} s, peak memory {gib:.2f} GiB\n"
         f"written   {folder}: metrics.jsonl samples.jsonl summary.json curves.png checkpoints/"
