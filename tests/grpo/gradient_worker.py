@@ -93,7 +93,8 @@ def gradients(
 
 def main(checkpoint, out, variants):
     rank, world = start_distributed()
-    for name, variant in json.loads(variants).items():
+    # ZeRO-3 last: its configuration lives on in the process and would partition the weights of a later plain model.
+    for name, variant in sorted(json.loads(variants).items(), key=lambda item: item[1]["stage"]):
         result = gradients(checkpoint, **variant)
         if rank == 0:
             save_file({k: v.contiguous() for k, v in result.items()}, Path(out) / f"{world}-{name}.safetensors")
