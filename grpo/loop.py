@@ -12,7 +12,7 @@ import torch
 from data.audio import ClipError
 from grpo.batch import Encoded, Group, LossInputs, pad_rows
 from grpo.metrics import Accumulator, group_metrics
-from grpo.rollout import Sampling
+from grpo.rollout import Sampling, sample_seed
 
 
 def load_questions(run, step: int) -> tuple[list, list[Encoded]]:
@@ -82,6 +82,7 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict]]:
         old: list = [None] * len(starts)
         ref: list = [None] * len(starts)
         tokens, loss_sum = Accumulator(), 0.0
+        torch.manual_seed(sample_seed(s.seed, step, "dropout", engine.rank))  # a resumed run draws the same masks
         for update in range(s.updates):
             policy.train()
             for m, i in enumerate(starts):
