@@ -38,7 +38,9 @@ def curves(folder: Path) -> Path:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
                 label = name.removeprefix("rewards/").removesuffix("/mean")
-                axis.plot(*zip(*points, strict=True), label=label, marker="o" if name == "accuracy/heldout" else None, ms=3)
+                axis.plot(
+                    *zip(*points, strict=True), label=label, marker="o" if name == "accuracy/heldout" else None, ms=3
+                )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

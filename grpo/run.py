@@ -202,10 +202,10 @@ class Run:
     def _progress(self) -> dict:
         return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version}
 
-    def _restore(self) -> dict | None:
+    def _restore(self) -> dict:
         state = self.checkpoints.load(self.policy, self.engine)
         if state is None:
-            return None
+            raise ConfigError(f"resume=true, but {self.folder} has no checkpoint to go on from")
         saved = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
         mine = OmegaConf.to_container(self.cfg, resolve=True)
         odd = [k for k in saved.keys() | mine.keys() if k not in FREE_ON_RESUME and saved.get(k) != mine.get(k)]
