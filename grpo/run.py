@@ -57,9 +57,13 @@ class Run:
     settings: Settings
 
     def __init__(self, cfg: DictConfig, folder: Path, display: Display):
-        self.cfg, self.folder, self.display = cfg, folder, display
+        self.cfg, self.display = cfg, display
         self.settings = s = settings(cfg)
         self.rank, self.world = start_distributed()
+        agreed = [str(folder)]
+        if self.world > 1:  # a folder named by the time of day may differ by a second between ranks
+            torch.distributed.broadcast_object_list(agreed)
+        self.folder = folder = Path(agreed[0])
         micro_batches = s.check_ranks(self.world)
         random.seed(s.seed), np.random.seed(s.seed), torch.manual_seed(s.seed)
 
