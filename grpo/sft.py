@@ -1,7 +1,7 @@
 """Supervised warm start: teaches a random model the answer format and nothing about sound.
 
-Each lesson is a well-formed completion whose thought is drawn from a few sentences and whose answer is an option drawn
-at random: no label depends on the audio, so all that the model knows of listening afterwards it learned from rewards.
+Each lesson is a well-formed completion with a fixed thought and an answer drawn at random from
+the options: no label depends on the audio, so all that the model knows of listening afterwards it learned from rewards.
 """
 
 from __future__ import annotations
