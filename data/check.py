@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
@@ -61,7 +62,8 @@ def examine_all(questions: list[Question], *, fast: bool, max_seconds: float, wo
     if fast or workers == 1 or len(questions) < POOL_FROM:
         yield from map(look, questions)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    # Not forked: a child of a process whose OpenMP threads have run waits for them for ever on its first resampling.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(look, questions, chunksize=16)
 
 
