@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ class Encoded:
     prompt_ids: Tensor  # int64 [P], audio placeholders expanded
     mel: Tensor  # float32 [mel bins, frames], log-mel spectrogram without padding
     clip_sha256: str  # of the waveform: the rows of a group must agree on it
+    samples: np.ndarray | None = None  # float32 [S], mono at the model's rate: for engines that make their own features
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Policy(nn.Module):
         if text.count(audio) != 1:
             raise ValueError(f"question {question.id}: the prompt holds {text.count(audio)} audio slots instead of one")
         ids = self.tokenizer(text.replace(audio, audio * int(tokens)), return_tensors="pt")["input_ids"][0]
-        return Encoded(question.id, ids, features["input_features"][0, :, :frames], clip.sha256)
+        return Encoded(question.id, ids, features["input_features"][0, :, :frames], clip.sha256, clip.samples)
 
     def encode_audio(self, prompts: Sequence[Encoded]) -> list[Tensor]:
         """Audio embeddings [tokens, hidden] of each prompt. No gradient: the tower is frozen."""
