@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -129,9 +129,10 @@ class Engine:
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
-    def gathered(self):
-        """Context in which trainable parameters are whole on every rank (a no-op below ZeRO-3)."""
-        return deepspeed.zero.GatheredParameters(list(self.trainable.values()), enabled=self.stage == 3)
+    def gathered(self, parameters: Sequence[nn.Parameter] | None = None):
+        """Context in which `parameters` (default: all trainable) are whole on every rank (a no-op below ZeRO-3)."""
+        parameters = list(self.trainable.values()) if parameters is None else list(parameters)
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3)
 
     # ---------------------------------------------------------------- optimizer state
 

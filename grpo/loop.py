@@ -110,13 +110,13 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict]]:
     # ---------------------------------------------------------------- sync
     with clock("sync"):
         run.version += 1
-        run.sync.push(run.version)
+        receipt = run.sync.push(run.version, groups)
 
     metrics = group_metrics(
         groups, reward_BG, component_NR, run.rewards.names, len({f.index for f in scores.failures}), engine
     )
     metrics |= tokens.result(engine) | engine.reduce({"loss": loss_sum})
-    metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+    metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate} | receipt.metrics()
     run.tokens += int(engine.reduce({"n": sum(len(g.prompt.prompt_ids) for g in groups)})["n"] + n_tokens)
     return metrics, _samples(step, questions, groups, scores, advantage_BG, run.rewards.names)
 

@@ -92,7 +92,7 @@ class Run:
         )  # fmt: skip
         self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
         self.rollout = build(cfg.rollout, "rollout", policy=self.policy)
-        self.sync = build(cfg.sync, "sync", policy=self.policy, rollout=self.rollout)
+        self.sync = build(cfg.sync, "sync", policy=self.policy, engine=self.engine, rollout=self.rollout)
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.clock = Clock()
         self.version = self.tokens = 0

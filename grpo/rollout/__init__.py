@@ -81,9 +81,8 @@ def check_prompt(prompt: Encoded, engine_ids: Sequence[int]) -> None:
     """Raise ValueError unless the engine expanded the prompt to the very ids that the trainer will compute on."""
     mine, theirs = prompt.prompt_ids.tolist(), list(engine_ids)
     if mine != theirs:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs))
-        )
-        raise ValueError(f"question {prompt.id}: the rollout engine read another prompt than the trainer ({len(theirs)} "
-                         f"tokens for {len(mine)}, first difference at {at}): do both load the same checkpoint and "
-                         f"processor?")  # fmt: skip
+        shared = min(len(mine), len(theirs))
+        at = next((i for i in range(shared) if mine[i] != theirs[i]), shared)
+        raise ValueError(f"question {prompt.id}: the rollout engine read another prompt than the trainer "
+                         f"({len(theirs)} tokens for {len(mine)}, first difference at {at}): do both load the same "
+                         f"checkpoint and processor?")  # fmt: skip

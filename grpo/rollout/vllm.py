@@ -64,6 +64,7 @@ class VLLMRollout:
         self.audio_id = policy.thinker.config.audio_token_id
         self.adapter = None  # the LoRARequest of every request
         self.llm = None  # so that close() works if the next line raises
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
         dtype = str(policy.thinker.dtype).removeprefix("torch.")
         size = {} if kv_cache_gib is None else {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
         lora = {}
@@ -82,7 +83,7 @@ class VLLMRollout:
                     gpu_memory_utilization=gpu_memory, enable_sleep_mode=self.sleeps,
                     worker_extension_cls="grpo.sync.worker.Bridge",
                     # A plain engine on one of several ranks waits for the others for ever.
-                    distributed_executor_backend="external_launcher" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None,
+                    distributed_executor_backend="external_launcher" if ranks > 1 else None,
                     **size, **lora, **dict(arguments or {}),
                 )  # fmt: skip
         except ValueError as error:

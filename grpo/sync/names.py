@@ -25,7 +25,7 @@ class SyncError(RuntimeError):
 
 
 def checkpoint_name(trainer: str) -> str:
-    """Checkpoint's name of a trainer's weight. Raises SyncError for an adapter's own weight."""
+    """Checkpoint's name of a trainer's weight or module. Raises SyncError for an adapter's own weight."""
     name = trainer.removeprefix(PEFT).replace(".base_layer.", ".")
     if ".lora_" in name:
         raise SyncError(f"{trainer} is an adapter's weight, which no checkpoint holds")
@@ -39,7 +39,7 @@ def adapter_for_vllm(peft: str) -> str:
 
 
 def module_of(peft: str) -> tuple[str, str]:
-    """(checkpoint's module name, "A" or "B") of an adapter's tensor. Raises SyncError unless it is one of peft's names."""
+    """(checkpoint's module, "A" or "B") of an adapter's tensor. Raises SyncError unless the name is one of peft's."""
     module, dot, which = peft.removesuffix(".weight").rpartition(".lora_")
     if not (peft.startswith(PEFT) and peft.endswith(".weight") and dot and which in ("A", "B")):
         raise SyncError(f"{peft!r} is not peft's name of a LoRA tensor: adapter of another model or peft?")

@@ -1,12 +1,12 @@
 """The trainer's end inside vLLM: a worker extension that receives weights. The same code in-process, in a server and
 on every tensor-parallel worker. One of two doors to vllm.
 
-    adapter   bridge_adapter                                    LoRA tensors, registered under a fresh id
-    delta     bridge_delta                                      LoRA tensors, merged here into the kept base weights
-    full      bridge_begin, bridge_part ..., bridge_end         whole weights, a layer at a time
+    adapter   bridge_adapter                LoRA tensors, registered under a fresh id
+    delta     bridge_delta                  LoRA tensors, merged here into the kept base weights
+    full      bridge_load, once a layer     whole weights
 
 Weights go in by checkpoint name through vLLM's layerwise reload, because an engine repacks its matrices (a CPU's drops
-the originals). Only the modules named are opened, whole fused groups at a time.
+the originals). Only the modules named are touched, whole fused groups at a time.
 
 Tensors come as `tensors` (same process), `path` (a safetensors file inside GRPO_SYNC_DIR) or `data` (safetensors bytes
 in base64). No pickles, and no path outside that folder.
@@ -50,8 +50,8 @@ class Bridge:
         )  # fmt: skip
         changed = len(adapter.loras)
         if lost := sorted(set(adapter.loras) - lora_modules(inner)):
-            raise SyncError(f"vLLM has no module for {len(lost)} of {changed} adapted ones, first {lost[0]!r}: it would "
-                            f"take this adapter without a word and ignore it")  # fmt: skip
+            raise SyncError(f"vLLM has no module for {len(lost)} of {changed} adapted ones, first {lost[0]!r}: it "
+                            f"would take this adapter without a word and ignore it")  # fmt: skip
         manager.remove_all_adapters()
         inner.add_adapter(adapter)
         inner.activate_adapter(id)
@@ -75,9 +75,7 @@ class Bridge:
                 raise SyncError(f"{module} came with {' and '.join(pair)} for {sorted(kept.get(module, {}))}: a matrix "
                                 f"of the checkpoint and both halves of its adapter are wanted")  # fmt: skip
             weights[name] = merged(weights[name].to(self.device), pair["A"], pair["B"], scale[module])
-        self.bridge_begin(list(pairs))
-        self.bridge_part(tensors=weights)
-        self.bridge_end(version)
+        self.bridge_load(version, weights)
         return answer(tensors, len(pairs), version)
 
     def _bridge_kept(self, modules: Iterable[str]) -> dict[str, dict[str, Tensor]]:
@@ -91,28 +89,19 @@ class Bridge:
 
     # ---------------------------------------------------------------- full
 
-    def bridge_begin(self, modules: Iterable[str]) -> None:
-        """Open `modules` (checkpoint's names) for new weights; all of each one's fused group must follow."""
-        model = self.model_runner.get_model()
-        self._bridge_open = {name: model.get_submodule(name) for name in engine_modules(model, modules)}
-        for layer in self._bridge_open.values():
-            initialize_layerwise_reload(layer)
-
-    def bridge_part(self, tensors=None, path=None, data=None) -> dict:
-        """Load weights by their checkpoint names: fused groups whole, into opened modules."""
+    def bridge_load(self, version: int, tensors=None, path=None, data=None) -> dict:
+        """Load weights by their checkpoint names, fused groups whole. They may come in several calls of one version."""
         tensors = received(tensors, path, data)
-        model = self.model_runner.get_model()
         whole_or_raise(tensors, self._bridge_checkpoint())
-        if shut := engine_modules(model, (n.rpartition(".")[0] for n in tensors)) - self._bridge_open.keys():
-            raise SyncError(f"weights came for {min(shut)!r}, which was not opened for them")
+        model = self.model_runner.get_model()
+        layers = [model.get_submodule(name) for name in engine_modules(model, modules_of(tensors))]
+        for layer in layers:
+            initialize_layerwise_reload(layer)
         model.load_weights(tensors.items())
-        return answer(tensors, len(tensors), self.bridge_version())
-
-    def bridge_end(self, version: int) -> None:
-        """Close the opened modules. From here on the engine computes with the new weights."""
-        for layer in self._bridge_open.values():
+        for layer in layers:  # now, not after the last call: until then the loader may hold on to the sender's tensors
             finalize_layerwise_reload(layer, self.model_config)
-        self._bridge_open, self._bridge_held = {}, version
+        self._bridge_held = version
+        return answer(tensors, len(tensors), version)
 
     def _bridge_checkpoint(self) -> dict[str, dict[str, Path]]:
         if "_bridge_index" not in self.__dict__:
@@ -156,6 +145,11 @@ def answer(tensors: Mapping[str, Tensor], changed: int, version: int) -> dict:
 # ---------------------------------------------------------------- names inside vLLM
 
 
+def modules_of(names: Iterable[str]) -> list[str]:
+    """The modules of some weights, each once."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
 def engine_modules(model: nn.Module, modules: Iterable[str]) -> set[str]:
     """vLLM's names of the checkpoint's modules: `...self_attn.q_proj` is inside `...self_attn.qkv_proj`.
 
@@ -191,7 +185,7 @@ def checkpoint_index(model_config) -> dict[str, dict[str, Path]]:
     index: dict[str, dict[str, Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (not a dict)
+            for name in weights.keys():
                 index.setdefault(name.rpartition(".")[0], {})[name] = file
     return index
 
@@ -211,7 +205,7 @@ def whole_or_raise(names: Iterable[str], index: Mapping[str, Mapping[str, Path]]
     for name in names:
         if name not in index.get(name.rpartition(".")[0], {}):
             raise SyncError(f"{name!r} is no weight of the checkpoint that the engine was started with")
-    for group in whole_groups(name.rpartition(".")[0] for name in names):
+    for group in whole_groups(modules_of(names)):
         if missing := sorted({n for module in group for n in index.get(module, {})} - names):
-            raise SyncError(f"{missing[0]!r} is missing: vLLM keeps it in one matrix with weights that came, and a part "
-                            f"of that matrix is garbage")  # fmt: skip
+            raise SyncError(f"{missing[0]!r} is missing: vLLM keeps it in one matrix with weights that came, and a "
+                            f"part of that matrix is garbage")  # fmt: skip
