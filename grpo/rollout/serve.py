@@ -40,8 +40,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HINTS = (
     ("larger than the available KV cache", "the KV cache is too small for one answer of max_model_len tokens: raise "
      "rollout.kv_cache_gib (CPU) or rollout.gpu_memory (GPU), or lower rollout.max_model_len"),
-    ("No available memory for the cache blocks", "no memory is left for the KV cache: raise rollout.kv_cache_gib (CPU) "
-     "or rollout.gpu_memory (GPU)"),
+    ("No available memory for the cache blocks", "no memory is left for the KV cache: raise rollout.kv_cache_gib "
+     "(or, with null, rollout.gpu_memory)"),
     ("ress already in use", "its port is in use: choose another rollout.port, or null for any free one"),
     ("No module named", "vllm or a part of it is missing: install this project with its extra cpu or gpu"),
     ("out of memory", "not enough memory: lower rollout.gpu_memory or rollout.kv_cache_gib, or serve from another GPU "
@@ -67,11 +67,11 @@ class Launch:
     port: int | None = None  # null: any free one
     max_model_len: int = 4096  # prompt with its audio tokens + completion
     max_num_seqs: int = 256  # completions decoded at once; at least the group size
-    kv_cache_gib: float | None = 1.0  # CPU only
+    kv_cache_gib: float | None = 1.0  # null on a GPU: what gpu_memory leaves
     gpu_memory: float = 0.9  # GPU only: share of its memory
     gpus: str | None = None  # CUDA_VISIBLE_DEVICES of the server
     tensor_parallel: int = 1
-    lora_rank: int = 0  # above 0: serve adapters up to this rank
+    lora_rank: int = 0  # above 0: take adapters up to this rank
     extension: str = "grpo.sync.worker.Bridge"
     exchange: str | None = None  # folder through which tensors travel
     arguments: Sequence[str] = ()  # more words for vLLM's command line
@@ -99,6 +99,8 @@ class Launch:
             "--enable-scale-out",  # the route that takes and gives token ids
             "--disable-uvicorn-access-log",
         ]  # fmt: skip
+        if self.kv_cache_gib is not None:
+            words += ["--kv-cache-memory-bytes", str(int(self.kv_cache_gib * 2**30))]
         if has_gpu():
             words += ["--gpu-memory-utilization", str(self.gpu_memory)]
         else:
@@ -126,7 +128,6 @@ class Launch:
         if self.gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = str(self.gpus)
         if not has_gpu():
-            env |= {"VLLM_CPU_KVCACHE_SPACE": f"{self.kv_cache_gib:g}"} if self.kv_cache_gib else {}
             # 0: the engine does the work itself, where vLLM would start one process more for a single CPU worker.
             more = "1" if self.tensor_parallel > 1 else "0"
             env |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": more}
@@ -181,7 +182,11 @@ class Process:
         keeper, self.keeper = self.keeper, None
         if keeper is None:
             return
-        keeper.stdin.close()
+        try:
+            keeper.stdin.write(b"stop")  # without it, a closed pipe means that the trainer is gone
+            keeper.stdin.close()
+        except BrokenPipeError:
+            pass
         try:
             keeper.wait(30)
         except subprocess.TimeoutExpired:  # the server's own death signal and pipes end it with its keeper
@@ -285,12 +290,13 @@ def keep(exchange: str, command: list[str]) -> int:
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=before)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
-    code = 1
+    code, orphaned = 1, False
     try:
-        while server.poll() is None and os.getppid() == trainer:
+        while server.poll() is None and not orphaned:
             ready, _, _ = select.select([sys.stdin], [], [], 0.2)
-            if ready and not os.read(sys.stdin.fileno(), 1024):
+            if ready and os.read(sys.stdin.fileno(), 1024):  # told to stop
                 break
+            orphaned = bool(ready) or os.getppid() != trainer
     finally:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -303,7 +309,7 @@ def keep(exchange: str, command: list[str]) -> int:
         code = server.poll()
         signal_group(server.pid, signal.SIGKILL)
         server.wait()
-        if exchange and os.getppid() != trainer:  # nobody else is left to do it
+        if exchange and orphaned:  # nobody else is left to do it
             shutil.rmtree(exchange, ignore_errors=True)
     return 0 if code is None else abs(code)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import base64
 import io
+import json
 import math
 import secrets
 import shutil
@@ -35,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group
-from grpo.rollout import Sampling, sample_seed
+from grpo.rollout import Sampling, check_prompt, group_seed, one_slot
 from grpo.rollout.serve import Launch, Process, ServerError, answers, choose_token, exchange_folder
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
@@ -68,8 +69,9 @@ class Push:
 
     serial: int
     method: str | None  # of the worker extension; None: the end of a version (`version`, `audio_changed`)
-    arguments: Mapping = field(default_factory=dict)
+    arguments: Mapping
     file: Path | None = None  # the tensors, safetensors
+    adapter: str | None = None  # name under which to load the file's folder as a LoRA adapter as well
     results: dict[int, list] = field(default_factory=dict)  # server -> one result a worker
 
 
@@ -118,8 +120,8 @@ class Server:
             raise RolloutError(f"{where}: no such route; start the server as docs/rollout-server.md says")
         if reply.status_code >= 400:
             raise RolloutError(f"{where} answered {reply.status_code}: {error_text(reply)}")
-        if empty and route != GENERATE:
-            return {}
+        if route not in (GENERATE, "/weight_info", "/collective_rpc") and (empty or reply.text[0] != "{"):
+            return {}  # some say "Success: ..." or nothing
         try:
             answer = reply.json()
         except ValueError as error:
@@ -151,6 +153,9 @@ class Server:
                 arguments["data"] = base64.b64encode(push.file.read_bytes()).decode()
             answer = self.request("POST", "/collective_rpc", {"method": push.method, "kwargs": arguments})
             push.results[self.index] = answer.get("results", [])
+        if push.adapter is not None:
+            body = {"lora_name": push.adapter, "lora_path": str(push.file.parent), "load_inplace": True}
+            self.request("POST", "/v1/load_lora_adapter", body)
         self.applied = push.serial
 
     def _reset(self, route: str) -> None:
@@ -184,6 +189,8 @@ class VLLMServer:
         backoff: seconds before the second try, doubled each time up to 10.
         inflight: questions asked at once of each server.
         log: folder for the servers' own output; null keeps it for error messages only.
+        adapters: the servers take LoRA adapters (for sync=adapter).
+        biased_sampling: allow top_p, top_k and min_p although the importance ratio is then wrong.
     The rest is `serve.Launch`'s, for servers that we start.
     Raises ServerError when a server cannot be started or reached.
     """
@@ -193,16 +200,23 @@ class VLLMServer:
     def __init__(self, policy, *, start: bool = True, urls: Sequence[str] = (), count: int = 1, port: int | None = None,
                  token: str | None = None, timeout: float = 300, start_timeout: float = 600, tries: int = 4,
                  backoff: float = 0.5, inflight: int = 64, log: str | None = None, host: str = "127.0.0.1",
-                 max_model_len: int = 4096, max_num_seqs: int = 256, kv_cache_gib: float = 1.0, gpu_memory: float = 0.9,
-                 gpus: str | None = None, tensor_parallel: int = 1, lora_rank: int = 0, arguments: Sequence[str] = (),
-                 extension: str = "grpo.sync.worker.Bridge"):  # fmt: skip
+                 max_model_len: int = 4096, max_num_seqs: int = 256, kv_cache_gib: float | None = 1.0,
+                 gpu_memory: float = 0.9,
+                 gpus: str | None = None, tensor_parallel: int = 1, adapters: bool = False, top_p: float = 1.0,
+                 top_k: int = 0, min_p: float = 0.0, biased_sampling: bool = False,
+                 arguments: Sequence[str] = ()):  # fmt: skip
+        self.filters = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
+        if self.filters != {"top_p": 1.0, "top_k": 0, "min_p": 0.0} and not biased_sampling:
+            raise ServerError(f"{self.filters}: these cut the sampler's distribution but not the trainer's, so that "
+                              f"the importance ratio is wrong; if that is wanted, say biased_sampling=true")  # fmt: skip
         if bool(urls) == start:
             raise ServerError("give either rollout.start=true or the rollout.urls of running servers with "
                               "rollout.start=false")  # fmt: skip
         if min(count, tries, inflight) < 1:
             raise ServerError("rollout.count, rollout.tries and rollout.inflight must be at least 1")
         self.policy, self.timeout, self.start_timeout, self.tries = policy, timeout, start_timeout, tries
-        self.backoff, self.inflight, self.version = backoff, inflight, 0
+        self.backoff, self.inflight, self.adapters = backoff, inflight, adapters
+        self._version, self.model = 0, None
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.exchange = exchange_folder() if self.rank == 0 else None
         self.restarts = self.faults = 0  # of this rank's view, for metrics
@@ -218,13 +232,14 @@ class VLLMServer:
                     launch = {
                         "host": host, "token": choose_token(host, token), "max_model_len": max_model_len,
                         "max_num_seqs": max_num_seqs, "kv_cache_gib": kv_cache_gib, "gpu_memory": gpu_memory,
-                        "gpus": gpus, "tensor_parallel": tensor_parallel, "lora_rank": lora_rank,
-                        "arguments": tuple(arguments), "extension": extension,
+                        "gpus": gpus, "tensor_parallel": tensor_parallel, "arguments": tuple(arguments),
+                        "lora_rank": policy.model.peft_config["default"].r if adapters else 0,
                     }  # fmt: skip
                     self._start(launch, count, port, log)
                 else:
                     self._reach(urls, token)
                 self.refresh(0, audio_changed=False)
+                self.model = None  # version 0 is the checkpoint itself
                 known = [server.url for server in self.servers], self.token, self.run
             except (ServerError, RolloutError, Fault) as error:
                 failure = error
@@ -267,20 +282,32 @@ class VLLMServer:
     def _server(self, index: int, url: str, process: Process | None = None) -> Server:
         return Server(index, url, self.token, self.inflight, self.timeout, process)
 
+    @property
+    def version(self) -> int:
+        """Of the weights that completions are to be sampled with. Ranks other than 0 set it after a push."""
+        return self._version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self._version = version
+        self.model = f"policy-{version}" if self.adapters else None  # name of the adapter to sample through
+
     # ---------------------------------------------------------------- completions
 
     def generate(self, prompts: Sequence[Encoded], copies: int, sampling: Sampling) -> list[Group]:
-        """`copies` completions of each prompt, under the weights of `self.version`.
+        """`copies` completions of each prompt, sampled with the weights of `self.version`.
 
         One request a question with n = copies: prompt and audio are encoded once, and vLLM gives copy i the seed
         s + i. Greedy completions carry the log-probs of temperature 1, all that vLLM reports for them.
         Raises RolloutError after `tries` failures, or at once where the server's prompt differs from the trainer's.
         """
-        asked = [self._question(prompt, self._sampling(prompt, copies, sampling)) for prompt in prompts]
-        return self._all(
-            asked, lambda i, answer: self._group(prompts[i], answer, copies, sampling.max_tokens),
+        n = 1 if sampling.greedy else copies  # vLLM refuses greedy copies: they are all the same
+        asked = [self._question(prompt, self._sampling(prompt, n, sampling)) for prompt in prompts]
+        groups = self._all(
+            asked, lambda i, answer: self._group(prompts[i], answer, n, sampling.max_tokens),
             [f"question {p.id}" for p in prompts],
         )  # fmt: skip
+        return groups if n == copies else [Group(g.prompt, g.completions * copies) for g in groups]
 
     def score(self, groups: Sequence[Group]) -> list[list[list[float]]]:
         """Log-probs [B][G][T] of given completions under the servers' weights, as its sampler would report them.
@@ -308,7 +335,7 @@ class VLLMServer:
     def _common(self) -> dict:
         """Sampling parameters of every request. Those that would bias the ratio are off, and said to be off."""
         return {
-            "temperature": self.policy.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+            "temperature": self.policy.temperature, **self.filters, "repetition_penalty": 1.0,
             "logit_bias": {str(i): NEVER for i in self.policy.banned_ids}, "stop_token_ids": list(self.policy.stop_ids),
             "logprobs": 0, "detokenize": False,
         }  # fmt: skip
@@ -316,9 +343,7 @@ class VLLMServer:
     def _sampling(self, prompt: Encoded, copies: int, s: Sampling) -> dict:
         if s.greedy:
             return self._common() | {"n": copies, "max_tokens": s.max_tokens, "temperature": 0.0}
-        # vLLM adds the copy's number to the seed: one bit less leaves room for it.
-        seed = sample_seed(s.seed, s.step, prompt.id, "group") >> 1
-        return self._common() | {"n": copies, "max_tokens": s.max_tokens, "seed": seed}
+        return self._common() | {"n": copies, "max_tokens": s.max_tokens, "seed": group_seed(s.seed, s.step, prompt.id)}
 
     def _question(self, prompt: Encoded, sampling: Mapping) -> dict:
         """Body of one request: the prompt with ONE audio placeholder, and the waveform as float32 WAV, losslessly."""
@@ -327,24 +352,21 @@ class VLLMServer:
         wav = io.BytesIO()
         hz = self.policy.processor.feature_extractor.sampling_rate
         soundfile.write(wav, prompt.samples, hz, format="WAV", subtype="FLOAT")
-        audio, ids = self.policy.thinker.config.audio_token_id, prompt.prompt_ids.tolist()
-        short = [token for t, token in enumerate(ids) if token != audio or t == 0 or ids[t - 1] != audio]
+        ids = one_slot(prompt, self.policy.thinker.config.audio_token_id)
         url = f"data:audio/wav;base64,{base64.b64encode(wav.getvalue()).decode()}"
-        return {"token_ids": short, "content_parts": [{"type": "audio_url", "url": url}], "return_token_ids": True,
-                "sampling_params": dict(sampling)}  # fmt: skip
+        model = {} if self.model is None else {"model": self.model}
+        return {"token_ids": ids, "content_parts": [{"type": "audio_url", "url": url}], "return_token_ids": True,
+                "sampling_params": dict(sampling), **model}  # fmt: skip
 
     def _group(self, prompt: Encoded, answer: Mapping, copies: int, max_tokens: int) -> Group:
         """A checked answer as a Group. Raises Fault for what cannot be an answer, RolloutError for another prompt."""
         theirs, choices = answer.get("prompt_token_ids"), answer.get("choices")
         if not isinstance(theirs, list) or not isinstance(choices, list):
             raise Fault("an answer without prompt ids or choices")
-        if theirs != (mine := prompt.prompt_ids.tolist()):
-            at = next((t for t, (a, b) in enumerate(zip(theirs, mine, strict=False)) if a != b),
-                      min(len(theirs), len(mine)))  # fmt: skip
-            raise RolloutError(
-                f"question {prompt.id}: the server's prompt has {len(theirs)} tokens, the trainer's {len(mine)}, first "
-                f"difference at {at}: both must be made from the same checkpoint folder and clip"
-            )
+        try:
+            check_prompt(prompt, theirs)
+        except ValueError as error:
+            raise RolloutError(str(error)) from error
         if len(choices) != copies:
             raise Fault(f"{len(choices)} completions instead of {copies}")
         try:
@@ -497,24 +519,42 @@ class VLLMServer:
 
     def send(self, method: str, tensors: Mapping[str, Tensor], **arguments) -> list:
         """The same with tensors: as a file in shared memory (`path`) or, for servers by URL, as base64 (`data`)."""
-        file = self.exchange / f"{self._serial + 1}.safetensors"
+        return self._push(method, arguments, self._write(tensors))
+
+    def load_adapter(self, version: int, tensors: Mapping[str, Tensor], config: Mapping) -> list:
+        """Sample from now on through this LoRA adapter. Only for servers that we started: they load it by path.
+
+        Two steps: the worker extension takes the tensors and answers whether each name found its module (vLLM itself
+        would ignore a wrong one without a word), then vLLM's own route makes the adapter known under a fresh name.
+        """
+        if any(server.process is None for server in self.servers):
+            raise RolloutError("sync=adapter needs servers of our own (rollout.start=true); by URL use sync=delta")
+        file = self._write(tensors)
+        (file.parent / "adapter_config.json").write_text(json.dumps(dict(config)))
+        # The extension's id is out of the way of those that vLLM's route counts up from 1.
+        arguments = {"version": version, "id": 2**30 + version, "config": dict(config)}
+        return self._push("bridge_adapter", arguments, file, adapter=f"policy-{version}")
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> Path:
+        """Tensors as a file in a folder of its own; kept until the push after this one is complete."""
+        file = self.exchange / str(self._serial + 1) / "adapter_model.safetensors"
+        file.parent.mkdir()
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
-        return self._push(method, arguments, file)
+        return file
 
     def refresh(self, version: int, *, audio_changed: bool) -> None:
-        """End of a push: caches are emptied, and the servers hold `version`. On every rank; rank 0 does the work."""
-        if self.rank == 0:
-            self._push(None, {"version": version, "audio_changed": audio_changed}, None)
-            old, self._current, self._pending = self._current, self._pending, []
-            for push in old:
-                if push.file is not None:
-                    push.file.unlink(missing_ok=True)
+        """End of a push: caches are emptied, and the servers hold `version`. Rank 0 only."""
+        self._push(None, {"version": version, "audio_changed": audio_changed}, None)
+        old, self._current, self._pending = self._current, self._pending, []
+        for push in old:
+            if push.file is not None:
+                shutil.rmtree(push.file.parent, ignore_errors=True)
         self.version = version
 
-    def _push(self, method: str | None, arguments: Mapping, file: Path | None) -> list:
+    def _push(self, method: str | None, arguments: Mapping, file: Path | None, adapter: str | None = None) -> list:
         """To every server that is up; one that fails is mended and gets all it lacks. At least one must take it."""
         self._serial += 1
-        push = Push(self._serial, method, arguments, file)
+        push = Push(self._serial, method, arguments, file, adapter)
         self._pending.append(push)
         with ThreadPoolExecutor(len(self.servers)) as pool:
             failed = [error for error in pool.map(self._push_to, self.servers) if error]
