@@ -48,7 +48,7 @@ class Delivery:
             return None
 
     def close(self, probe: Probe, groups: Sequence[Group], *, audio_changed: bool) -> Receipt:
-        """Make the engine forget what older weights computed, then probe. Raises SyncError on all ranks if any failed."""
+        """Make the engine forget what older weights computed, then probe. SyncError on all ranks if any failed."""
         self.run(self.rollout.refresh, self.version, audio_changed=audio_changed)
         failed = self.engine.gather([f"rank {self.engine.rank}: {self.error}"] if self.error else [])
         if failed:
