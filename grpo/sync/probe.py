@@ -23,6 +23,9 @@ class Probe:
 
     def __init__(self, policy, engine, rollout, *, every: int = 10, limit: float | None = None, completions: int = 2,
                  tokens: int = 16):  # fmt: skip
+        if not hasattr(rollout, "score"):
+            raise ValueError("this sync is for engines with weights of their own: use rollout=vllm or vllm_server with "
+                             "it, or sync=shared")  # fmt: skip
         self.policy, self.engine, self.rollout = policy, engine, rollout
         self.every, self.completions, self.tokens, self.asked = every, completions, tokens, 0
         self.limit = LIMIT[str(policy.thinker.dtype).removeprefix("torch.")] if limit is None else limit

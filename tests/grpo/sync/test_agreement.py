@@ -75,4 +75,4 @@ def test_an_engine_with_weights_of_its_own_is_no_matter_for_shared(policy, engin
     with pytest.raises(ValueError, match="sync=delta"):
         Shared(policy, OneRank(policy), engines["plain"])
     with pytest.raises(ValueError, match="rollout=vllm"):
-        Delta(policy, OneRank(policy), HFRollout(policy)).push(1)
+        Delta(policy, OneRank(policy), HFRollout(policy))
