@@ -20,6 +20,7 @@ import base64
 import io
 import json
 import math
+import os
 import secrets
 import shutil
 import threading
@@ -208,7 +209,7 @@ class VLLMServer:
         self.filters = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
         if self.filters != {"top_p": 1.0, "top_k": 0, "min_p": 0.0} and not biased_sampling:
             raise ServerError(f"{self.filters}: these cut the sampler's distribution but not the trainer's, so that "
-                              f"the importance ratio is wrong; if that is wanted, say biased_sampling=true")  # fmt: skip
+                              f"the importance ratio is wrong; if that is wanted: biased_sampling=true")  # fmt: skip
         if bool(urls) == start:
             raise ServerError("give either rollout.start=true or the rollout.urls of running servers with "
                               "rollout.start=false")  # fmt: skip
@@ -244,15 +245,23 @@ class VLLMServer:
             except (ServerError, RolloutError, Fault) as error:
                 failure = error
                 self.close()
+        self.store = None
         if self.world > 1:
-            agreed = [known, None if failure is None else str(failure)]
+            # Through it the others tell rank 0 of a server that only they see fail: `life` of each server, `complaint`.
+            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+            if self.rank == 0:
+                self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+                for server in self.servers:
+                    self.store.set(f"life/{server.index}", "0")
+            agreed = [known, None if failure is None else str(failure), self.store and self.store.port]
             dist.broadcast_object_list(agreed)
-            known = agreed[0]
-            failure = failure or (ServerError(f"rank 0: {agreed[1]}") if agreed[1] else None)
+            known, told, port_of_store = agreed
+            failure = failure or (ServerError(f"rank 0: {told}") if told else None)
         if failure is not None:
             raise failure
         urls, self.token, self.run = known
         if self.rank:
+            self.store = dist.TCPStore(host, port_of_store, is_master=False)
             self.servers = [self._server(i, url) for i, url in enumerate(urls)]
         elif self.world > 1:  # rank 0 may be waiting for the others in a collective when a server of theirs dies
             threading.Thread(target=self._watch, name="vllm-servers", daemon=True).start()
@@ -454,8 +463,10 @@ class VLLMServer:
         while True:
             for server in servers:
                 try:
-                    if server.applied != self.version and server.weight_version() == self._tag(self.version):
-                        server.applied = self.version  # here: the version last seen on it
+                    if server.applied != self.version:
+                        server.life = int(self.store.get(f"life/{server.index}"))
+                        if server.weight_version() == self._tag(self.version):
+                            server.applied = self.version  # here: the version last seen on it
                 except Fault:
                     pass  # rank 0 mends it, or it is left out
                 if server.applied == self.version:
@@ -467,6 +478,8 @@ class VLLMServer:
         """After a fault seen in `life`: restart it, bring it to the current version, or leave it out for now."""
         if self.rank:
             server.applied = -1  # look again what it holds, and wait if need be
+            if getattr(fault, "hung", False) or (again and not isinstance(fault, Stale)):
+                self.store.set(f"complaint/{server.index}", str(life))
             return
         with server.lock:
             if server.life != life or self._closed:
@@ -479,6 +492,8 @@ class VLLMServer:
                 server.process.start()
                 server.process.wait(self.start_timeout)
                 server.life += 1
+                if self.store is not None:
+                    self.store.set(f"life/{server.index}", str(server.life))
                 server.connect()
             elif dead:
                 server.up, server.applied = False, -1  # it may come back empty
@@ -496,13 +511,17 @@ class VLLMServer:
             server.up = True
 
     def _watch(self) -> None:
-        """Rank 0 of several: mend what died even while this rank waits for the others."""
+        """Rank 0 of several: mend what died or what others complain of, even while this rank waits in a collective."""
         while not self._closed:
             for server in self.servers:
-                life = server.life  # read before `alive`: whoever restarts it meanwhile has made it another life
-                if server.process is not None and not server.process.alive and not self._closed:
+                life = server.life  # read first: whoever restarts it meanwhile has made it another life
+                wrong = server.process is not None and not server.process.alive
+                if self.store.check([key := f"complaint/{server.index}"]):
+                    wrong |= int(self.store.get(key)) == life
+                    self.store.delete_key(key)
+                if wrong and not self._closed:
                     try:
-                        self._mend(server, life, Fault("died", hung=True), again=True)
+                        self._mend(server, life, Fault("seen by another rank", hung=True), again=True)
                     except (Fault, ServerError, RolloutError):
                         time.sleep(self.backoff)  # whoever asks it next will say so
             time.sleep(0.2)

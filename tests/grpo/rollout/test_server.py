@@ -415,6 +415,36 @@ def test_a_keeper_that_is_killed_takes_its_server_along(started):
     wait_until(lambda: is_gone(server))
 
 
+@pytest.mark.slow
+def test_two_ranks_share_servers_that_rank_0_mends(checkpoint, policy, tmp_path):
+    import subprocess
+
+    prompts = [policy.encode(make_question(f"q{i}"), make_clip(i, 0.3 + 0.1 * i)) for i in range(4)]
+    (tmp_path / "prompts.json").write_text(json.dumps(known(policy, prompts)))
+    here = Path(__file__)
+    seen = {}
+    for how in ("calm", "kill", "hang"):
+        port = serve_module.free_port("127.0.0.1")
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.grpo.rollout.server_rank", str(checkpoint),
+                 str(here.with_name("fake_vllm.py")), str(tmp_path / "prompts.json"), how],
+                cwd=here.parents[3], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                                  "MASTER_PORT": str(port)},
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        outputs = [rank.communicate(timeout=600) for rank in ranks]
+        assert all(rank.returncode == 0 for rank in ranks), [error[-2000:] for _, error in outputs]
+        seen[how] = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    calm = [view["answers"] for view in seen["calm"]]
+    assert [view["restarts"] for view in seen["calm"]] == [0, 0] and calm[0] != calm[1]
+    for how in ("kill", "hang"):
+        assert [view["answers"] for view in seen[how]] == calm
+        assert [view["restarts"] for view in seen[how]] == [1, 0]
+
+
 # ---------------------------------------------------------------- what cannot start says so in one line
 
 
