@@ -42,6 +42,10 @@ class Weight:
         return found[0] if found else self.module
 
     @property
+    def numel(self) -> int:
+        return getattr(self.base, "ds_numel", self.base.numel())
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in (self.base, self.a, self.b) if p is not None]
 
@@ -78,22 +82,38 @@ def by_layer(found: Sequence[Weight]) -> list[list[Weight]]:
 
 
 class Full:
-    """See the module."""
+    """See the module.
 
-    def __init__(self, policy, engine, rollout, *, probe_every: int = 10, probe_limit: float | None = None):
+    `transport`: direct gives the tensors to `rollout.send` (by reference in one process, else through shared memory);
+    nccl broadcasts from GPU to GPU (grpo/sync/nccl.py) on `address` and `port`.
+    """
+
+    def __init__(self, policy, engine, rollout, *, transport: str = "direct", address: str = "127.0.0.1",
+                 port: int = 51216, probe_every: int = 10, probe_limit: float | None = None):  # fmt: skip
+        if transport not in ("direct", "nccl"):
+            raise ValueError(f"transport must be direct or nccl, got {transport!r}")
         self.engine, self.rollout = engine, rollout
         self.probe = Probe(policy, engine, rollout, every=probe_every, limit=probe_limit)
         self.all = weights(policy.model)
         groups = whole_groups(weight.module for weight in self.all if weight.trained)
         members = {module for group in groups for module in group}
         self.trained = [weight for weight in self.all if weight.module in members]
-        self.first = True
+        self.first, self.broadcast = True, None
+        if transport == "nccl":
+            from grpo.sync.nccl import Broadcast
+
+            self.broadcast = Broadcast(engine, rollout, address=address, port=port)
 
     @torch.no_grad()
     def push(self, version: int, groups: Sequence[Group] = ()) -> Receipt:
         delivery = Delivery("full", version, self.engine, self.rollout)
         sent, self.first = self.all if self.first else self.trained, False
-        for layer in by_layer(sent):
+        layers = by_layer(sent)
+        if self.broadcast:
+            delivery.count(weight.numel * weight.base.element_size() for weight in sent)
+            self.broadcast.send(layers)
+            layers = []
+        for layer in layers:
             with self.engine.gathered([p for weight in layer for p in weight.parameters]):
                 tensors = {weight.name: weight.tensor() for weight in layer} if delivery.pushes else {}
                 delivery.send(self.rollout.send, tensors, "bridge_load", tensors, version=version)
