@@ -140,7 +140,8 @@ class Process:
     def __init__(self, launch: Launch, log: Path):
         self.launch, self.log = launch, log
         self.port = launch.port if launch.port is not None else free_port(launch.host)
-        host = "127.0.0.1" if launch.host in ("0.0.0.0", "localhost") else launch.host
+        everywhere = launch.host in ("0.0.0.0", "::")  # then by the address under which the other ranks know rank 0
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1") if everywhere else launch.host
         self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
         self.keeper: subprocess.Popen | None = None
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import contextlib
 import io
 import json
 import math
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group
 from grpo.rollout import Sampling, check_prompt, group_seed, one_slot
-from grpo.rollout.serve import Launch, Process, ServerError, answers, choose_token, exchange_folder
+from grpo.rollout.serve import TOKEN, Launch, Process, ServerError, answers, choose_token, exchange_folder
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
 NEVER = -1e30  # added to a logit: probability exactly 0 after the softmax, and JSON has no infinity
@@ -86,12 +87,15 @@ class Server:
         self.life = 0  # counts its restarts: who saw an older life fail has nothing to mend any more
         self.applied = -1  # serial of the last push it took
         self.up = True
+        self.adapter: str | None = None  # name of the one it holds
         self._connections = connections
         self.connect()
 
     def connect(self) -> None:
         """Forget old connections: those to a server that died are broken."""
-        limits = httpx.Limits(max_connections=self._connections, max_keepalive_connections=self._connections)
+        # 2 s: an idle connection is dropped before the server does it (after 5), perhaps under a request
+        limits = httpx.Limits(max_connections=self._connections, max_keepalive_connections=self._connections,
+                              keepalive_expiry=2.0)  # fmt: skip
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         # trust_env=False: a proxy in the environment is not for servers nearby
         self.client = httpx.Client(base_url=self.url, headers=headers, limits=limits, trust_env=False)
@@ -155,9 +159,20 @@ class Server:
             answer = self.request("POST", "/collective_rpc", {"method": push.method, "kwargs": arguments})
             push.results[self.index] = answer.get("results", [])
         if push.adapter is not None:
-            body = {"lora_name": push.adapter, "lora_path": str(push.file.parent), "load_inplace": True}
-            self.request("POST", "/v1/load_lora_adapter", body)
+            self._load_adapter(push.adapter, push.file.parent)
         self.applied = push.serial
+
+    def _load_adapter(self, name: str, folder: Path) -> None:
+        """Make the adapter in `folder` known as `name`, in place of the one before. A repeated call changes nothing."""
+        try:
+            self.request("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        except RolloutError as error:
+            if "already been loaded" not in str(error):
+                raise
+        if self.adapter not in (None, name):
+            with contextlib.suppress(RolloutError):  # a server that was restarted never had it
+                self.request("POST", "/v1/unload_lora_adapter", {"lora_name": self.adapter})
+        self.adapter = name
 
     def _reset(self, route: str) -> None:
         for _ in range(20):  # vLLM declines while it still frees the blocks of a finished request
@@ -202,9 +217,8 @@ class VLLMServer:
                  token: str | None = None, timeout: float = 300, start_timeout: float = 600, tries: int = 4,
                  backoff: float = 0.5, inflight: int = 64, log: str | None = None, host: str = "127.0.0.1",
                  max_model_len: int = 4096, max_num_seqs: int = 256, kv_cache_gib: float | None = 1.0,
-                 gpu_memory: float = 0.9,
-                 gpus: str | None = None, tensor_parallel: int = 1, adapters: bool = False, top_p: float = 1.0,
-                 top_k: int = 0, min_p: float = 0.0, biased_sampling: bool = False,
+                 gpu_memory: float = 0.9, gpus: str | None = None, tensor_parallel: int = 1, adapters: bool = False,
+                 top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, biased_sampling: bool = False,
                  arguments: Sequence[str] = ()):  # fmt: skip
         self.filters = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
         if self.filters != {"top_p": 1.0, "top_k": 0, "min_p": 0.0} and not biased_sampling:
@@ -223,6 +237,7 @@ class VLLMServer:
         self.restarts = self.faults = 0  # of this rank's view, for metrics
         self._serial, self._current, self._pending = -1, [], []  # pushes of the version held, and of the next one
         self._closed, self._stop = False, threading.Event()
+        self._banned, self._stops = frozenset(policy.banned_ids), frozenset(policy.stop_ids)
         self.servers: list[Server] = []
         self.run = secrets.token_hex(4)  # names this run on the servers: another trainer's version 7 is not ours
         atexit.register(self.close)
@@ -242,7 +257,7 @@ class VLLMServer:
                 self.refresh(0, audio_changed=False)
                 self.model = None  # version 0 is the checkpoint itself
                 known = [server.url for server in self.servers], self.token, self.run
-            except (ServerError, RolloutError, Fault) as error:
+            except Exception as error:  # told to the other ranks, which wait for us
                 failure = error
                 self.close()
         self.store = None
@@ -283,7 +298,7 @@ class VLLMServer:
 
     def _reach(self, urls: Sequence[str], token: str | None) -> None:
         """Rank 0: servers that somebody else started. At least one must answer now."""
-        self.token = token
+        self.token = token or os.environ.get(TOKEN)
         self.servers = [self._server(i, url) for i, url in enumerate(urls)]
         if not any(server.healthy for server in self.servers):
             raise ServerError(f"no server answers at {', '.join(urls)}: start them, or use rollout.start=true")
@@ -397,15 +412,15 @@ class VLLMServer:
             raise Fault("log-probs that do not belong to the tokens, or are not finite")
         if choice["finish_reason"] not in ("stop", "length"):
             raise Fault(f"a completion that ended by {choice['finish_reason']!r}")
-        truncated = ids[-1] not in self.policy.stop_ids
-        if any(t in self.policy.stop_ids for t in ids[:-1]) or len(ids) > max_tokens:
+        truncated = ids[-1] not in self._stops
+        if not self._stops.isdisjoint(ids[:-1]) or len(ids) > max_tokens:
             raise Fault("a completion that goes on behind its end")
         if truncated and len(ids) < max_tokens:
             raise RolloutError(
                 f"question {prompt.id}: a completion was cut at {len(ids)} of {max_tokens} tokens: raise "
                 f"rollout.max_model_len above {len(prompt.prompt_ids)} + {max_tokens}"
             )
-        if any(t in self.policy.banned_ids for t in ids):
+        if not self._banned.isdisjoint(ids):
             raise Fault("a completion with a banned id")
         return Completion(ids, logp, self.policy.decode(ids), truncated, self.version)
 
