@@ -14,12 +14,14 @@ of (run seed, step, question) only (`group_seed`).
 
 from __future__ import annotations
 
+import gc
 import importlib.util
-import logging
 import os
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,33 +190,32 @@ class VLLMRollout:
 
     def close(self) -> None:
         if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
+            # Not the engine's own shutdown: it would end the process group, which is the trainer's.
+            self.llm.llm_engine.model_executor.shutdown()
             self.llm = None
+            gc.collect()
 
 
 @contextmanager
 def _guest(gpu: bool):
     """Start vLLM as a guest of the trainer's process: what it changes for all is put back."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: tensors pass by reference
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not gpu:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs 20 s and wins nothing here
-    threads, levels = torch.set_num_threads, logging.root.level
-    with _numbers_kept():
-        yield
-    torch.set_num_threads = threads  # vLLM puts a warning in its place
-    logging.root.setLevel(levels)
+    set_num_threads = torch.set_num_threads
+    try:
+        with _numbers_kept():
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM puts a warning in its place
 
 
 @contextmanager
 def _numbers_kept():
     """vLLM seeds and draws from torch's, numpy's and Python's global generators, which are the trainer's."""
-    import random
-
-    import numpy as np
-
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         yield
     random.setstate(python), np.random.set_state(numpy)

@@ -16,7 +16,9 @@ LIMIT = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.1}
 
 
 class Probe:
-    """Compares every `every` syncs, the first one included (0: never); past `limit` nats the run stops.
+    """Compares at versions 1, 1 + every, 1 + 2 every, ... (0: never); past `limit` nats the run stops.
+
+    The turn is the version's, not a count of ours, so that a resumed run probes where the whole one did.
 
     Takes the first `completions` of this rank's last rollout, up to `tokens` tokens each.
     """
@@ -27,15 +29,12 @@ class Probe:
             raise ValueError("this sync is for engines with weights of their own: use rollout=vllm or vllm_server with "
                              "it, or sync=shared")  # fmt: skip
         self.policy, self.engine, self.rollout = policy, engine, rollout
-        self.every, self.completions, self.tokens, self.asked = every, completions, tokens, 0
+        self.every, self.completions, self.tokens = every, completions, tokens
         self.limit = LIMIT[str(policy.thinker.dtype).removeprefix("torch.")] if limit is None else limit
 
     def __call__(self, groups: Sequence[Group]) -> float | None:
         """Largest difference over all ranks in nats; None when it is not the turn. Raises SyncError past the limit."""
-        if not groups or not self.every:
-            return None
-        self.asked += 1
-        if (self.asked - 1) % self.every:
+        if not groups or not self.every or (self.rollout.version - 1) % self.every:
             return None
         short = [replace(c, token_ids=c.token_ids[: self.tokens]) for c in groups[0].completions[: self.completions]]
         kept = [Group(groups[0].prompt, tuple(short))]

@@ -126,7 +126,7 @@ def test_adapter_under_a_wrong_name(policy, lora, monkeypatch):
     assert gap(policy, sample(lora, policy)) <= GOOD
 
 
-class Everything(frozenset):
+class Everything(set):
     """A set in which everything is: what a check that always passes compares with."""
 
     def __rsub__(self, other):
@@ -168,7 +168,7 @@ def test_a_sampled_placeholder(policy, plain, base, monkeypatch):
     randomise(policy, 1)
     with torch.no_grad():  # by far the likeliest token wherever the hidden state points this way
         head = policy.thinker.lm_head.weight
-        head[audio] = 4 * head.abs().mean() * torch.sign(head[5])
+        head[audio] = 40 * head.abs().mean() * torch.sign(head[5])
     Full(policy, OneRank(policy), plain).push(1)
     groups = sample(plain, policy)
     sampled = {t for g in groups for c in g.completions for t in c.token_ids}
@@ -207,6 +207,6 @@ def test_a_failed_push_is_an_error_on_every_rank(policy, plain):
 def test_the_probe_has_its_turns(policy, plain):
     sync, groups = settled(Delta, policy, plain, probe_every=3)
     errors = [sync.push(v, groups).probe_error for v in range(2, 9)]
-    assert [e is None for e in errors] == [False, True, True, False, True, True, False]
+    assert [e is None for e in errors] == [True, True, False, True, True, False, True]  # versions 4 and 7
     never = Delta(policy, OneRank(policy), plain, probe_every=0)
     assert never.push(9, groups).probe_error is None
