@@ -190,7 +190,8 @@ class VLLMRollout:
 
     def close(self) -> None:
         if self.llm is not None:
-            # Not the engine's own shutdown: it would end the process group, which is the trainer's.
+            # Not the engine's own shutdown, at once or when it is collected: that ends the trainer's process group.
+            self.llm.llm_engine.engine_core._finalizer.detach()
             self.llm.llm_engine.model_executor.shutdown()
             self.llm = None
             gc.collect()

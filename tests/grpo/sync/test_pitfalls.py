@@ -11,7 +11,7 @@ from grpo.sync import adapter as adapter_module
 from grpo.sync.adapter import Adapter
 from grpo.sync.delta import Delta
 from grpo.sync.full import Full
-from grpo.sync.names import SyncError
+from grpo.sync.names import SyncError, module_of
 from tests.grpo.vllm_engines import OneRank, gap, make_engine, make_policy, needs_vllm, questions, randomise
 
 pytestmark = needs_vllm
@@ -187,8 +187,9 @@ def test_a_key_that_matches_nothing(policy, plain, lora):
         with pytest.raises(SyncError, match="is no weight of the checkpoint"):
             plain.send("bridge_load", {name: torch.zeros(1)}, version=2)
     tensors = {n.replace("layers.1.", "layers.7."): t for n, t in policy.adapter().items()}
+    scale = {module_of(n)[0]: 2.0 for n in tensors}
     with pytest.raises(SyncError, match=r"layers\.7\.[a-z_.]+ came with"):
-        plain.send("bridge_delta", tensors, version=2, scale={})
+        plain.send("bridge_delta", tensors, version=2, scale=scale)
     with pytest.raises(SyncError, match="no module for 5 of 10"):
         sync = Adapter(policy, OneRank(policy), lora)
         lora.load_adapter(2, {adapter_module.adapter_for_vllm(n): t for n, t in tensors.items()}, sync.config)
