@@ -1,5 +1,6 @@
 """vLLM in-process: what is refused, what a sample depends on, what it leaves alone in the trainer's process."""
 
+import gc
 import os
 import random
 from dataclasses import replace
@@ -123,6 +124,9 @@ def test_a_guest_in_the_trainers_process(policy):
     assert seeded(lambda: made[0].generate(questions(policy), 2, Sampling(4))) == quiet
     made[0].close()
     made[0].close()  # twice does no harm
+    made.clear()
+    gc.collect()
+    assert torch.distributed.is_initialized()  # vLLM's own shutdown would have ended the trainer's process group
     assert (threads, cores) == (torch.get_num_threads(), os.sched_getaffinity(0))
     assert torch.set_num_threads is set_threads
 
