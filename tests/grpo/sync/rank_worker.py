@@ -23,7 +23,8 @@ def steps(checkpoint, strategy: str, stage: int) -> list[dict]:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     zero = zero_config(stage=stage, micro_batches=1, clip=1e9, dtype="float32", world=world)
     policy = make_policy(checkpoint, zero3=zero if stage == 3 else None)
-    engine = Engine(policy, partial(torch.optim.AdamW, lr=1e-2), zero)
+    # A large eps: Adam would else blow rounding in gradients near zero up to whole steps, of either sign.
+    engine = Engine(policy, partial(torch.optim.AdamW, lr=1e-2, eps=1e-3, weight_decay=0.0), zero)
     rollout = make_engine(policy, adapters=strategy == "adapter")
     sync = STRATEGIES[strategy](policy, engine, rollout, probe_every=1)
     share = QUESTIONS // world

@@ -14,7 +14,6 @@ from tests.test_train import SMALL, lines, timeless, train
 
 pytestmark = [needs_vllm, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
-# `max_tokens` below the length at which two runs of different batches could part by rounding.
 VLLM = ["rollout=vllm", "rollout.max_model_len=512", "rollout.kv_cache_gib=0.1", "model.lora.dropout=0",
         "sync.probe_every=1"]  # fmt: skip
 
@@ -86,7 +85,8 @@ def test_two_ranks_of_a_run(work, straight):
     assert [row["completion"] for row in samples] == mine[: len(samples)]
     for a, b in zip(timeless(lines(work, "ranks")), timeless(straight), strict=False):
         for key in a.keys() & b.keys() - {"sync/probe_error"}:
-            assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-5), (a["step"], key)
+            close = {"abs": 1e-5} if key == "loss" else {"abs": 2e-4, "rel": 1e-3}
+            assert a[key] == pytest.approx(b[key], **close), (a["step"], key)
 
 
 @pytest.mark.parametrize(
