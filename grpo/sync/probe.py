@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,8 +40,9 @@ class Probe:
         short = [replace(c, token_ids=c.token_ids[: self.tokens]) for c in groups[0].completions[: self.completions]]
         kept = [Group(groups[0].prompt, tuple(short))]
         mine, theirs = self._trainer(kept), self.rollout.score(kept)[0]
-        gap = max(abs(a - b) for row, other in zip(mine, theirs, strict=True) for a, b in zip(row, other, strict=False))
-        error = self.engine.reduce({"gap": float("inf") if gap != gap else gap}, "max")["gap"]
+        gaps = [abs(a - b) for row, other in zip(mine, theirs, strict=True) for a, b in zip(row, other, strict=True)]
+        worst = max(gaps) if all(map(math.isfinite, gaps)) else math.inf  # max passes over a NaN
+        error = self.engine.reduce({"gap": worst}, "max")["gap"]
         if not error <= self.limit:
             raise SyncError(
                 f"after the sync to version {self.rollout.version} the engine's log-probs differ from the trainer's by "

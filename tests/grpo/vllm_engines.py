@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def gap(policy, groups):
     """max |log-prob(engine) - log-prob(trainer)| over all sampled tokens, nats."""
     logp_NT, _ = policy(groups, policy.encode_audio([g.prompt for g in groups]))
     rows = zip(logp_NT.tolist(), [c for g in groups for c in g.completions], strict=True)
-    return max(abs(a - b) for row, c in rows for a, b in zip(row, c.sampler_logp, strict=False))
+    gaps = [abs(a - b) for row, c in rows for a, b in zip(row, c.sampler_logp, strict=False)]
+    return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
 
 
 def tokens(groups):

@@ -83,7 +83,9 @@ def test_stale_audio_embeddings(policy, plain, base, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(plain.llm.llm_engine, "reset_encoder_cache", lambda: None)
         with pytest.raises(SyncError, match="log-probs differ"):
-            Full(policy, OneRank(policy), plain).push(2, groups)  # a first sync: sends every weight, the tower's too
+            Full(policy, OneRank(policy), plain, probe_every=1).push(
+                2, groups
+            )  # a first sync: sends every weight, the tower's too
         assert gap(policy, sample(plain, policy)) > BAD
     Full(policy, OneRank(policy), plain).push(3, groups)
     assert gap(policy, sample(plain, policy)) <= GOOD
@@ -102,8 +104,13 @@ def test_part_of_a_fused_group(policy, plain, monkeypatch):
     with pytest.raises(SyncError, match=r"k_proj\.bias' is missing"):
         part = {q: torch.zeros(64, 64), q.replace("weight", "bias"): torch.zeros(64)}
         plain.send("bridge_load", part, version=2)
+    from vllm.model_executor.model_loader.reload import meta as reload_meta
+
     with monkeypatch.context() as m:
         m.setattr("grpo.sync.worker.whole_groups", lambda modules: [(m,) for m in modules])
+        # The parts that did not come are fresh memory, which may by chance still hold the right values.
+        fresh = reload_meta.materialize_meta_tensor
+        m.setattr(reload_meta, "materialize_meta_tensor", lambda t: fresh(t).normal_(0, 0.1))
         with pytest.raises(SyncError, match="log-probs differ"):
             sync.push(2, groups)
         assert gap(policy, sample(plain, policy)) > BAD
