@@ -41,6 +41,7 @@ class Settings:
     checkpoint_every: int
     log_every: int
     samples_every: int
+    encoded: int  # questions whose features stay in memory
 
     def __post_init__(self):
         for name in ("questions", "generations", "micro_questions", "updates", "max_tokens", "think_words",
