@@ -32,7 +32,7 @@ from grpo.tracking import NoTracker, RunLog
 from rewards.accuracy import accuracy as answer_is_right
 
 # Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
-FREE_ON_RESUME = set("resume stop_at name tracking checkpoint log samples encoded cache dry_run".split())
+FREE_ON_RESUME = set("resume stop_at name tracking checkpoint log samples encoded cache dry_run engine".split())
 
 
 class Clock:
@@ -209,7 +209,7 @@ class Run:
         return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version}
 
     def _restore(self) -> dict:
-        state = self.checkpoints.load(self.policy, self.engine)
+        state = self.checkpoints.load(self.engine)
         if state is None:
             raise ConfigError(f"resume=true, but {self.folder} has no checkpoint to go on from")
         saved = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))

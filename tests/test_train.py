@@ -146,6 +146,19 @@ def test_two_ranks_make_the_same_run(work, straight, engine):
     )
 
 
+@pytest.mark.parametrize(("before", "after"), [(("zero0", 1), ("zero3", 2)), (("zero3", 2), ("zero2", 1))])
+def test_resume_on_other_ranks_and_another_stage(work, before, after):
+    name = f"moved-to-{after[0]}"
+    common = [f"name={name}", "model.lora.dropout=0", "steps=3"]
+    train(work, *common, f"engine={before[0]}", "stop_at=2", ranks=before[1])
+    train(work, *common, f"engine={after[0]}", "resume=true", ranks=after[1])
+    if not (work / "outputs" / "one-rank").exists():
+        train(work, "name=one-rank", "model.lora.dropout=0", "steps=3")
+    for a, b in zip(timeless(lines(work, name)), timeless(lines(work, "one-rank")), strict=True):
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=2e-4, rel=1e-3), (a["step"], key)
+
+
 def test_zero3_resumes(work):
     train(work, "name=z3", "engine=zero3", "steps=4")
     train(work, "name=z3-resumed", "engine=zero3", "steps=4", "stop_at=2")
