@@ -95,8 +95,8 @@ def wind(time: np.ndarray, rng: Rng) -> np.ndarray:
     return walk - np.linspace(walk[0], walk[-1], len(walk))
 
 
-# Option text -> sound; `kinds=8` takes the first eight, which differ in timbre. The later ones differ in pitch or in how
-# they move, which takes longer to learn. The first words differ, so that one token tells the options apart.
+# Option text -> sound; `kinds=8` takes the first eight, which differ in timbre. The later ones differ in pitch or in
+# how they move, which takes longer to learn. The first words differ, so that one token tells the options apart.
 KINDS: dict[str, Callable] = {
     "low tone": low_tone, "noise": noise, "clicks": clicks, "warble": warble, "chord": chord, "hum": hum, "buzz": buzz,
     "wind": wind, "rising chirp": rising_chirp, "falling chirp": falling_chirp, "beep in silence": beep,
