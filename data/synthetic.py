@@ -87,7 +87,8 @@ def hum(time: np.ndarray, rng: Rng) -> np.ndarray:
 
 
 def buzz(time: np.ndarray, rng: Rng) -> np.ndarray:
-    return np.sign(_tone(time, rng.uniform(500, 700), rng))
+    root = rng.uniform(500, 700)
+    return sum(_tone(time, root * k, rng) / k for k in (1, 3, 5))  # a whole square wave folds into noise at 16 kHz
 
 
 def wind(time: np.ndarray, rng: Rng) -> np.ndarray:
