@@ -96,11 +96,17 @@ def wind(time: np.ndarray, rng: Rng) -> np.ndarray:
     return walk - np.linspace(walk[0], walk[-1], len(walk))
 
 
+def hiss(time: np.ndarray, rng: Rng) -> np.ndarray:
+    """A noise band some 1500 Hz wide: slow noise times a high tone."""
+    slow = np.convolve(rng.standard_normal(len(time)), np.ones(max(1, round(0.001 / time[1]))), "same")
+    return slow * _tone(time, rng.uniform(5000, 6500), rng)
+
+
 # Option text -> sound; `kinds=8` takes the first eight, which differ in timbre. The later ones differ in pitch or in
 # how they move, which takes longer to learn. The first words differ, so that one token tells the options apart.
 KINDS: dict[str, Callable] = {
-    "low tone": low_tone, "noise": noise, "clicks": clicks, "warble": warble, "chord": chord, "hum": hum, "buzz": buzz,
-    "wind": wind, "rising chirp": rising_chirp, "falling chirp": falling_chirp, "beep in silence": beep,
+    "low tone": low_tone, "noise": noise, "clicks": clicks, "warble": warble, "chord": chord, "hum": hum, "wind": wind,
+    "hiss": hiss, "buzz": buzz, "rising chirp": rising_chirp, "falling chirp": falling_chirp, "beep in silence": beep,
     "high tone": high_tone, "tremolo": tremolo,
 }  # fmt: skip
 

@@ -252,11 +252,11 @@ def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, displ
     tiny = OmegaConf.to_container(cfg.model.tiny, resolve=True)
     if rank == 0:
         display.start("warm start", tiny["warm_start"]["steps"])
-        path = prepared(Path(cfg.cache), tiny, dataset, prompt, seed=cfg.seed, report=report)
+        path = prepared(Path(cfg.cache), tiny, dataset, prompt, report=report)
         display.stop()
     if world > 1:
         torch.distributed.barrier()
-        path = prepared(Path(cfg.cache), tiny, dataset, prompt, seed=cfg.seed, report=report)
+        path = prepared(Path(cfg.cache), tiny, dataset, prompt, report=report)
     return str(path)
 
 

@@ -172,17 +172,15 @@ def corpus(questions: Iterable, prompt) -> list[str]:
     return texts
 
 
-def prepared(cache: Path, spec: dict, dataset, prompt, *, seed: int, report: Callable[[int, float], None]) -> Path:
-    """Folder of a built and warm-started tiny model in `cache`; made once per (spec, texts, seed).
+def prepared(cache: Path, spec: dict, dataset, prompt, *, report: Callable[[int, float], None]) -> Path:
+    """Folder of a built and warm-started tiny model in `cache`; made once per (spec, texts).
 
     The warm start sees prompts and clips of the training questions but its answers are drawn at random.
     """
     from grpo.policy import Policy
 
-    texts = corpus(dataset.train[:500], prompt)
-    made_from = json.dumps(
-        [spec, texts, seed, dataset.audio, Path(__file__).read_text(), Path(sft.__file__).read_text()]
-    )
+    texts, seed = corpus(dataset.train[:500], prompt), spec["seed"]
+    made_from = json.dumps([spec, texts, dataset.audio, Path(__file__).read_text(), Path(sft.__file__).read_text()])
     folder = Path(cache) / f"tiny-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
