@@ -155,6 +155,8 @@ def questions(folder: str | Path, *, split: str, count: int, kinds: int | Sequen
     The folder of a split is named by a hash of the arguments and of this file; splits draw from different random
     streams. Raises ValueError for an unknown kind, task or split, or fewer kinds than options.
     """
+    if isinstance(kinds, int) and kinds > len(KINDS):
+        raise ValueError(f"data.{split}: kinds={kinds}, but there are {len(KINDS)}: {', '.join(KINDS)}")
     names = list(KINDS)[:kinds] if isinstance(kinds, int) else list(kinds)
     for what, given, known in [("kind", names, KINDS), ("task", tasks, TASKS), ("split", [split], SPLITS)]:
         if unknown := [name for name in given if name not in known]:

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from grpo import sft
+from grpo.config import ConfigError
 
 # The special tokens of Qwen2.5-Omni, in its spelling.
 NAMED = {
@@ -79,9 +80,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 def build(folder: Path, texts: Iterable[str], *, hidden=128, layers=2, audio_hidden=256, audio_layers=1, vocab_size=640,
           max_seconds=10, seed=0) -> None:  # fmt: skip
-    """Write a checkpoint into `folder`; same arguments, same bytes. ValueError if hidden is no multiple of 32."""
+    """Write a checkpoint into `folder`; same arguments, same bytes. ConfigError if hidden is no multiple of 32."""
     if hidden % 32:
-        raise ValueError(f"model.build.hidden must be a multiple of 32 (the head size), got {hidden}")
+        raise ConfigError(f"model.tiny.build.hidden must be a multiple of 32 (the head size), got {hidden}")
     tokenizer = train_tokenizer(texts, vocab_size)
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
     extractor = WhisperFeatureExtractor(

@@ -169,8 +169,13 @@ def test_zero3_resumes(work):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["stepz=3"], ["stepz"]),
-        (["model=tinny"], ["tinny", "tiny"]),
+        (["stepz=3"], ["error: stepz: there is no such key; did you mean 'steps'?"]),
+        (["+stepz=3"], ["error: stepz: there is no such key; did you mean 'steps'?"]),
+        (["model=tinny"], ["error: model=tinny: there is no such choice; model can be ", "tiny"]),
+        (["name=a/b"], ["error: name=a/b", "without slashes"]),
+        (["encoded=-1"], ["error: encoded must be at least 0"]),
+        (["data.train.kinds=99"], ["error: data: data.train: kinds=99, but there are 14"]),
+        (["model.tiny.build.hidden=100"], ["error: model.tiny.build.hidden must be a multiple of 32"]),
         (["loss.beta=abc"], ["loss.beta must be float"]),
         (["steps=abc"], ["steps must be int"]),
         (["data=manifest", "data.train.path=nowhere.jsonl", "data.eval.path=nowhere.jsonl"], ["nowhere.jsonl"]),

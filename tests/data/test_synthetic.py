@@ -86,7 +86,7 @@ def test_places_of_the_gold_are_balanced(kinds, hard):
     assert set(places.values()) == {8} and len(places) == 32
     for task in TASKS:
         mine = [q for q in hard if q.task == task]
-        assert len(mine) == 104
+        assert len(mine) == 112
         for part in ("gold", "answer"):
             counts = Counter(getattr(q, part) for q in mine).values()
             assert max(counts) - min(counts) <= 1, (task, part)
