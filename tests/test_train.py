@@ -78,7 +78,7 @@ def test_a_run_folder_holds_what_is_promised(work, straight):
 
 
 def test_the_run_prints_the_objective_first(straight):
-    assert "minimise  mean over completions" in straight and "0.01" in straight
+    assert "minimise  mean over completions" in straight and "+ 0.1·" in straight
     assert "A = (r - mean(r)) / (std(r) + 0.0001)" in straight
     assert straight.index("minimise") < straight.index("held-out accuracy at the start")
 
