@@ -45,6 +45,13 @@ def start_distributed() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def stop_distributed() -> None:
+    """Part from the other ranks once all have come here: a gloo thread alive at exit may abort its process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def zero_config(*, stage: int, micro_batches: int, clip: float, dtype: str, world: int) -> dict:
     """DeepSpeed's configuration. Every default that changes numbers is set on purpose."""
     return {

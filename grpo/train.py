@@ -43,9 +43,11 @@ def run(cfg: DictConfig) -> None:
 
             dry_run(cfg, display)
             return
+        from grpo.engine import stop_distributed
         from grpo.run import Run
 
         Run(cfg, folder, display).train()
+        stop_distributed()
     except ConfigError as error:
         display.stop()
         if HydraConfig.get().mode.name == "MULTIRUN":
