@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -33,7 +32,7 @@ class Dataset:
 
     def __init__(self, train: Iterable[Question], eval: Iterable[Question], *, audio: str = "real", hz: int = 16000,
                  min_seconds: float = 0.03, max_seconds: float = 30.0, verify: str = "decode",
-                 max_bad_fraction: float = 0.01, cache: int = 512, progress: Callable | None = None):  # fmt: skip
+                 max_bad_fraction: float = 0.01, progress: Callable | None = None):  # fmt: skip
         if audio not in ("real", "silent"):
             raise DataError(f"data.audio must be 'real' or 'silent', got {audio!r}")
         if verify not in ("decode", "header", "none"):
@@ -41,24 +40,15 @@ class Dataset:
         self.audio, self.hz, self.verify, self.max_bad_fraction = audio, hz, verify, max_bad_fraction
         self.limits = {"min_seconds": min_seconds, "max_seconds": max_seconds}
         self.problems: list[Problem] = []
-        self._cache: OrderedDict = OrderedDict()
-        self._cache_size = cache
         self.train = self._accept("train", train, progress)
         self.eval = self._accept("eval", eval, progress)
         self._check_held_out()
 
     def clip(self, question: Question) -> Clip:
         """The waveform of a question. Raises ClipError (data.audio)."""
-        key = _stretch(question)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
         clip = load(question.audio, start=question.start, end=question.end, hz=self.hz, **self.limits)
         if self.audio == "silent":
             clip = Clip(np.zeros_like(clip.samples), clip.hz)
-        self._cache[key] = clip
-        if len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
         return clip
 
     @property

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from grpo.tracking import NoTracker, RunLog
 from rewards.accuracy import accuracy as answer_is_right
 
 # Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
-FREE_ON_RESUME = {"resume", "stop_at", "name", "tracking", "checkpoint", "log", "samples", "cache", "dry_run"}
+FREE_ON_RESUME = set("resume stop_at name tracking checkpoint log samples encoded cache dry_run engine".split())
 
 
 class Clock:
@@ -95,10 +96,11 @@ class Run:
         self.sync = build(cfg.sync, "sync", policy=self.policy, engine=self.engine, rollout=self.rollout)
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.clock = Clock()
+        self.encode = lru_cache(maxsize=s.encoded)(self._encode)
         self.version = self.tokens = 0
 
-    def encode(self, question):
-        """Question -> Encoded. Raises ClipError when its audio cannot be read."""
+    def _encode(self, question):
+        """Question -> Encoded; `encode` remembers the latest. Raises ClipError when its audio cannot be read."""
         return self.policy.encode(question, self.dataset.clip(question))
 
     def quarantine(self, failed: list[tuple[str, str, str]]) -> None:
@@ -207,7 +209,7 @@ class Run:
         return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version}
 
     def _restore(self) -> dict:
-        state = self.checkpoints.load(self.policy, self.engine)
+        state = self.checkpoints.load(self.engine)
         if state is None:
             raise ConfigError(f"resume=true, but {self.folder} has no checkpoint to go on from")
         saved = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
@@ -250,11 +252,11 @@ def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, displ
     tiny = OmegaConf.to_container(cfg.model.tiny, resolve=True)
     if rank == 0:
         display.start("warm start", tiny["warm_start"]["steps"])
-        path = prepared(Path(cfg.cache), tiny, dataset, prompt, seed=cfg.seed, report=report)
+        path = prepared(Path(cfg.cache), tiny, dataset, prompt, report=report)
         display.stop()
     if world > 1:
         torch.distributed.barrier()
-        path = prepared(Path(cfg.cache), tiny, dataset, prompt, seed=cfg.seed, report=report)
+        path = prepared(Path(cfg.cache), tiny, dataset, prompt, report=report)
     return str(path)
 
 

@@ -131,6 +131,8 @@ def _component(name: str, entry: Mapping) -> Component:
         raise ValueError(f"components.{name}.weight must be a finite number, got {weight!r}")
     if not callable(function):
         raise ValueError(f"components.{name}.function is {function!r}, no function: is `_partial_: true` missing?")
+    if isinstance(function, partial):  # Hydra's own kind checks its target at every call: dearer than the reward
+        function = partial(function.func, *function.args, **function.keywords)
     return Component(float(weight), function)
 
 

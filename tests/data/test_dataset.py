@@ -99,20 +99,6 @@ def test_silent_replaces_samples_but_still_checks_clips(tmp_path, splits):
         Dataset(questions(tmp_path, "train", 5, bad={1}), held_out, audio="silent")
 
 
-def test_the_cache_is_bounded_and_true(splits, monkeypatch):
-    import data.dataset
-
-    train, held_out = splits
-    dataset = Dataset(train, held_out, cache=3, verify="none")
-    loaded = []
-    real = data.dataset.load
-    monkeypatch.setattr(data.dataset, "load", lambda path, **limits: loaded.append(path.name) or real(path, **limits))
-    clips = [dataset.clip(train[i]).sha256 for i in (0, 1, 0, 2, 3, 0, 1)]
-    assert loaded == ["train0.wav", "train1.wav", "train2.wav", "train3.wav", "train1.wav"]  # 0 was used: 1 went
-    assert clips[0] == clips[2] == clips[5] and clips[1] == clips[6] and len(set(clips)) == 4
-    assert len(dataset._cache) == 3
-
-
 def test_fingerprint_sees_every_part_of_a_row_and_its_split(splits):
     train, held_out = splits
 
