@@ -25,6 +25,10 @@ class ConfigError(ValueError):
     """A mistake in the configuration: names the key, what is wrong with it and what would be right."""
 
 
+# Keys of `rollout` that are the run's, whatever the engine (conf/train.yaml).
+ROLLOUT_KEYS = ("lag", "correction", "correction_level", "correction_cap")
+
+
 @dataclass(frozen=True)
 class Settings:
     """The short daily keys. Everything else lives in config groups."""
@@ -47,6 +51,10 @@ class Settings:
     log_every: int
     samples_every: int
     encoded: int  # questions whose features stay in memory
+    rollout_lag: int  # 1: the next step's completions are sampled while this step trains
+    rollout_correction: str  # weight on the policy term for the sampler's distance: none, truncate or mask
+    rollout_correction_level: str  # token or sequence
+    rollout_correction_cap: float
 
     def __post_init__(self):
         for name in ("questions", "generations", "micro_questions", "updates", "max_tokens", "think_words",
@@ -56,6 +64,12 @@ class Settings:
         for name in ("steps", "encoded"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name, choices in {"lag": (0, 1), "correction": ("none", "truncate", "mask"),
+                              "correction_level": ("token", "sequence")}.items():  # fmt: skip
+            if (value := getattr(self, f"rollout_{name}")) not in choices:
+                raise ConfigError(f"rollout.{name} must be {' or '.join(map(str, choices))}, got {value}")
+        if self.rollout_correction_cap <= 1:
+            raise ConfigError(f"rollout.correction_cap must be above 1, got {self.rollout_correction_cap}")
         if self.temperature <= 0:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
         if self.generations < 2:
@@ -81,9 +95,8 @@ def settings(cfg: DictConfig) -> Settings:
     values = {}
     hints = typing.get_type_hints(Settings)
     for f in fields(Settings):
-        key = (
-            f.name.replace("_", ".", 1) if f.name.split("_")[0] in ("eval", "checkpoint", "log", "samples") else f.name
-        )
+        nested = f.name.split("_")[0] in ("eval", "checkpoint", "log", "samples", "rollout")
+        key = f.name.replace("_", ".", 1) if nested else f.name
         values[f.name] = check_type(key, OmegaConf.select(cfg, key), hints[f.name])
     return Settings(**values)
 
@@ -128,7 +141,8 @@ def check_targets(node, key: str = "", positional: Mapping[str, tuple[str, ...]]
     except Exception as error:
         raise ConfigError(f"{key}._target_: cannot import {target!r} ({str(error).splitlines()[0]})") from error
     signature = inspect.signature(function)
-    given = {k: v for k, v in node.items() if not (k.startswith("_") and k.endswith("_"))}
+    given = engine_keys(node) if key == "rollout" else node
+    given = {k: v for k, v in given.items() if not (k.startswith("_") and k.endswith("_"))}
     known = {n for n, p in signature.parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         for name in given:
@@ -163,6 +177,11 @@ def build(node: DictConfig, key: str, **extra):
         if isinstance(cause, ValueError | TypeError | FileNotFoundError):
             raise ConfigError(f"{key}: {cause}") from error
         raise
+
+
+def engine_keys(rollout: DictConfig) -> DictConfig:
+    """The config of the rollout engine alone: without the keys that are the run's."""
+    return OmegaConf.create({k: v for k, v in OmegaConf.to_container(rollout).items() if k not in ROLLOUT_KEYS})
 
 
 def run_name(name: str | None, resume: bool, root: str) -> str:

@@ -52,7 +52,7 @@ def dry_run(cfg: DictConfig, display: Display) -> None:
         display.say(f"tokens    prompts {min(lengths)} to {max(lengths)} (25 a second; text by the tiny tokenizer), "
                     f"completions up to {cfg.max_tokens}")  # fmt: skip
         display.say(run.header())
-        metrics, rows = loop.step(run, 0)
+        metrics, rows, _ = loop.step(run, 0)
         if not all(value == value for value in metrics.values()):
             raise ConfigError(f"the step gave a metric that is not a number: {metrics}")
         display.samples(0, rows[: min(4, cfg.generations)])

@@ -143,6 +143,17 @@ class Engine:
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
+    def together(self, call: Callable, error: type[Exception]):
+        """What `call()` returns. An `error` of one rank is raised on all: none waits in a collective for it."""
+        result, failed = None, []
+        try:
+            result = call()
+        except error as mine:
+            failed = [f"rank {self.rank}: {mine}" if self.world > 1 else str(mine)]
+        if failed := self.gather(failed):
+            raise error(failed[0])
+        return result
+
     def gathered(self, parameters: Sequence[nn.Parameter] | None = None, *, write: bool = False):
         """Context in which `parameters` (default: all trainable) are whole on every rank (a no-op below ZeRO-3).
 

@@ -9,28 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from data.audio import ClipError
-from grpo.batch import Encoded, Group, LossInputs, pad_rows
+from grpo.batch import Group, LossInputs, pad_rows
 from grpo.metrics import Accumulator, group_metrics
-from grpo.rollout import Sampling, sample_seed
-
-
-def load_questions(run, step: int) -> tuple[list, list[Encoded]]:
-    """This rank's questions of `step`, encoded. An unreadable clip is quarantined on every rank and replaced."""
-    share = run.settings.questions // run.engine.world
-    while True:
-        questions = run.sampler.batch(step, frozenset(run.quarantined))
-        mine = questions[run.engine.rank * share : (run.engine.rank + 1) * share]
-        encoded, failed = [], []
-        for question in mine:
-            try:
-                encoded.append(run.encode(question))
-            except ClipError as error:
-                failed.append((question.id, error.reason, str(error)))
-        failed = run.engine.gather(failed)
-        if not failed:
-            return mine, encoded
-        run.quarantine(failed)
+from grpo.rollout import sample_seed
 
 
 def loss_mask(groups: Sequence[Group], mask_truncated: bool) -> torch.Tensor:
@@ -39,21 +20,16 @@ def loss_mask(groups: Sequence[Group], mask_truncated: bool) -> torch.Tensor:
     return pad_rows(rows, dtype=torch.bool)
 
 
-def step(run, step: int) -> tuple[dict[str, float], list[dict]]:
-    """One rollout and its optimizer updates. Returns the step's metrics and, for each completion, what it earned."""
+def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
+    """One rollout and its optimizer updates.
+
+    Returns the step's metrics, for each completion a record of what it earned, and this rank's groups for the sync.
+    """
     s, engine, policy, clock = run.settings, run.engine, run.policy, run.clock
     device = policy.device
 
-    # ---------------------------------------------------------------- questions
-    with clock("data"):
-        questions, prompts = load_questions(run, step)
-
-    # ---------------------------------------------------------------- rollout
-    with clock("rollout"):
-        groups = run.rollout.generate(prompts, s.generations, Sampling(s.max_tokens, s.seed, step))
-        stale = {c.version for g in groups for c in g.completions} - {run.version}
-        if stale:
-            raise RuntimeError(f"step {step}: completions of weights version {stale}, expected {run.version}")
+    # ---------------------------------------------------------------- questions and rollout
+    questions, groups = run.rollouts.take(step)
 
     # ---------------------------------------------------------------- rewards
     with clock("reward"):
@@ -76,7 +52,7 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict]]:
     # ---------------------------------------------------------------- updates
     with clock("update"):
         n_tokens, n_sequences = _denominators(groups, run.objective.mask_truncated, engine)
-        audio = policy.encode_audio(prompts)
+        audio = policy.encode_audio([g.prompt for g in groups])
         size = s.micro_questions
         starts = range(0, len(groups), size)
         old: list = [None] * len(starts)
@@ -107,18 +83,21 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict]]:
             learning_rate = run.schedule(step, s.steps)
             grad_norm = engine.step(learning_rate)
 
-    # ---------------------------------------------------------------- sync
-    with clock("sync"):
-        run.version += 1
-        receipt = run.sync.push(run.version, groups)
-
+    run.version += 1
     metrics = group_metrics(
         groups, reward_BG, component_NR, run.rewards.names, len({f.index for f in scores.failures}), engine
     )
     metrics |= tokens.result(engine) | engine.reduce({"loss": loss_sum})
-    metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate} | receipt.metrics()
+    metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
     run.tokens += int(engine.reduce({"n": sum(len(g.prompt.prompt_ids) for g in groups)})["n"] + n_tokens)
-    return metrics, _samples(step, questions, groups, scores, advantage_BG, run.rewards.names)
+    return metrics, _samples(step, questions, groups, scores, advantage_BG, run.rewards.names), groups
+
+
+def sync(run, groups: Sequence[Group]) -> dict[str, float]:
+    """Bring the rollout engine to the policy's weights; returns what the receipt says. `groups` are for its probe."""
+    run.rollouts.settle()
+    with run.clock("sync"):
+        return run.sync.push(run.version, groups).metrics()
 
 
 def _denominators(groups: Sequence[Group], mask_truncated: bool, engine) -> tuple[float, float]:

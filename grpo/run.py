@@ -8,9 +8,9 @@ import random
 import resource
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,19 +20,27 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.sampler import Sampler
 from grpo import loop
+from grpo.batch import Group
 from grpo.checkpoint import Checkpoints, write_json
-from grpo.config import ConfigError, Settings, build, check_call, settings
+from grpo.config import ROLLOUT_KEYS, ConfigError, Settings, build, check_call, engine_keys, settings
 from grpo.display import Display
 from grpo.engine import Engine, start_distributed, zero_config
 from grpo.evaluate import accuracy
 from grpo.loss.formula import describe
+from grpo.loss.weight import CORRECTIONS
 from grpo.policy import Policy
 from grpo.report import closing_lines, curves
+from grpo.rollout import RolloutError
+from grpo.rollout.lag import Rollouts
+from grpo.sync.names import SyncError
 from grpo.tracking import NoTracker, RunLog
 from rewards.accuracy import accuracy as answer_is_right
 
 # Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
 FREE_ON_RESUME = set("resume stop_at name tracking checkpoint log samples encoded cache dry_run engine".split())
+
+# Of the rollout engine only these must stay: where and how fast it samples is free.
+KEPT_OF_ROLLOUT = {"_target_", "top_p", "top_k", "min_p", *ROLLOUT_KEYS}
 
 
 class Clock:
@@ -73,6 +81,7 @@ class Run:
         self.objective = build(cfg.loss, "loss")
         for piece, positional in getattr(self.objective, "calls", {}).items():
             check_call(f"loss.{piece}", getattr(self.objective, piece), *positional)
+        self._correct()
         self.rewards = build(cfg.rewards, "rewards")
         self.schedule = build(cfg.optim.schedule, "optim.schedule")
 
@@ -92,8 +101,9 @@ class Run:
             attention=cfg.model.attention, zero3=zero if cfg.engine.stage == 3 else None,
         )  # fmt: skip
         self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
-        self.rollout = build(cfg.rollout, "rollout", policy=self.policy)
+        self.rollout = build(engine_keys(cfg.rollout), "rollout", policy=self.policy)
         self.sync = build(cfg.sync, "sync", policy=self.policy, engine=self.engine, rollout=self.rollout)
+        self.rollouts = Rollouts(self, s.rollout_lag)
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.clock = Clock()
         self.encode = lru_cache(maxsize=s.encoded)(self._encode)
@@ -102,6 +112,17 @@ class Run:
     def _encode(self, question):
         """Question -> Encoded; `encode` remembers the latest. Raises ClipError when its audio cannot be read."""
         return self.policy.encode(question, self.dataset.clip(question))
+
+    def _correct(self) -> None:
+        """Give the objective the weight that `rollout.correction` asks for."""
+        s = self.settings
+        if s.rollout_correction == "none":
+            return
+        if not hasattr(self.objective, "weights"):
+            raise ConfigError("rollout.correction weighs the policy term of grpo.loss.objective.Objective, and loss= "
+                              "is another: take the weight from grpo.loss.weight there")  # fmt: skip
+        weight = CORRECTIONS[s.rollout_correction, s.rollout_correction_level]
+        self.objective.weights["sampler"] = partial(weight, cap=s.rollout_correction_cap)
 
     def quarantine(self, failed: list[tuple[str, str, str]]) -> None:
         """Leave questions out from now on, visibly; stop the run when they become too many."""
@@ -166,38 +187,59 @@ class Run:
         show.start("train", s.steps, first)
 
         end = min(s.steps, s.stop_at or s.steps)
-        for step in range(first, end):
-            metrics, rows = loop.step(self, step)
-            state["completions"] += s.questions * s.generations
-            last = step + 1 == end
-            best = False
-            if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
-                state["accuracy/final"] = metrics["accuracy/heldout"] = self.heldout_accuracy()
-                best = state["accuracy/final"] > state["accuracy/best"]
-                state["accuracy/best"] = max(state["accuracy/best"], state["accuracy/final"])
-            metrics |= {"num_tokens": self.tokens, "epoch": self.sampler.epoch(step + 1),
-                        "quarantined": len(self.quarantined)}  # fmt: skip
-            if best or last or (step + 1) % s.checkpoint_every == 0:
-                with self.clock("checkpoint"):
-                    self.checkpoints.save(step + 1, self.policy, self.engine, state | self._progress(), best=best)
-            times = self.clock.take()
-            metrics |= times | {"step_time": sum(times.values())}
-            rows = self.engine.gather(rows)
-            if self.rank == 0:
-                log.metrics(step + 1, metrics)
-                log.samples(rows)
-                if (step + 1) % s.samples_every == 0 or step == first:
-                    show.samples(step + 1, rows[: min(s.generations, 4)])
-                    log.sample_table(step + 1, rows[: s.generations])
-                show.update(step + 1, self._figures(metrics, state))
-        show.stop()
+        # `done`: what a step trained, until it is synced, evaluated and logged
+        trained, done = first, state.pop("unfinished", None)
+        finish = partial(self._finish, state=state, log=log, end=end)
+        try:
+            if done:
+                finish(trained, **done, groups=[])
+            while trained < end:
+                done = None
+                metrics, rows, groups = loop.step(self, trained)
+                trained, done = trained + 1, {"metrics": metrics, "rows": self.engine.gather(rows)}
+                finish(trained, **done, groups=groups)
+        except (RolloutError, SyncError) as error:
+            if trained == 0:
+                raise
+            left = state | self._progress() | {"unfinished": done}
+            self.checkpoints.save(trained, self.policy, self.engine, left, best=False)
+            raise RolloutError(f"{error}\nThe checkpoint of step {trained} is written: when the cause is mended, go on "
+                               f"with name={self.folder.name} resume=true") from error  # fmt: skip
+        finally:
+            show.stop()
+            self.rollout.close()
         summary = self._summary(state, end, time.perf_counter() - began)
         if self.rank == 0:
             log.summary(summary)
             curves(self.folder)
             show.say(closing_lines(summary, self.folder))
-        self.rollout.close()
         return summary
+
+    def _finish(self, step: int, *, metrics: Mapping, rows: list[dict], groups: Sequence[Group], state: dict,
+                log: RunLog | None, end: int) -> None:  # fmt: skip
+        """What follows a step's updates: sync, evaluation, checkpoint, log. `step` counts from 1."""
+        s = self.settings
+        metrics = metrics | loop.sync(self, groups)
+        best = False
+        if step % s.eval_every == 0 or step == s.steps:
+            now = metrics["accuracy/heldout"] = self.heldout_accuracy()
+            best = now > state["accuracy/best"]
+            state |= {"accuracy/final": now, "accuracy/best": max(state["accuracy/best"], now)}
+        state["completions"] += s.questions * s.generations
+        metrics |= {"num_tokens": self.tokens, "epoch": self.sampler.epoch(step),
+                    "quarantined": len(self.quarantined)}  # fmt: skip
+        if best or step == end or step % s.checkpoint_every == 0:
+            with self.clock("checkpoint"):
+                self.checkpoints.save(step, self.policy, self.engine, state | self._progress(), best=best)
+        times = self.clock.take()
+        metrics |= times | {"step_time": sum(times.values())}
+        if self.rank == 0:
+            log.metrics(step, metrics)
+            log.samples(rows)
+            if step % s.samples_every == 0 or step == 1:
+                self.display.samples(step, rows[: min(s.generations, 4)])
+                log.sample_table(step, rows[: s.generations])
+            self.display.update(step, self._figures(metrics, state))
 
     def _figures(self, metrics: Mapping[str, float], state: Mapping) -> dict[str, float]:
         shown = {"reward": metrics["reward"], "right": metrics.get("rewards/accuracy/mean"),
@@ -206,7 +248,8 @@ class Run:
         return {name: value for name, value in shown.items() if value is not None}
 
     def _progress(self) -> dict:
-        return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version}
+        return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version,
+                "pending": self.rollouts.state()}  # fmt: skip
 
     def _restore(self) -> dict:
         state = self.checkpoints.load(self.engine)
@@ -214,13 +257,17 @@ class Run:
             raise ConfigError(f"resume=true, but {self.folder} has no checkpoint to go on from")
         saved = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
         mine = OmegaConf.to_container(self.cfg, resolve=True)
+        for cfg in (saved, mine):
+            cfg["rollout"] = {k: v for k, v in cfg["rollout"].items() if k in KEPT_OF_ROLLOUT}
         odd = [k for k in saved.keys() | mine.keys() if k not in FREE_ON_RESUME and saved.get(k) != mine.get(k)]
         if odd:
             raise ConfigError(f"resume=true, but {', '.join(sorted(odd))} differ from {self.folder}/config.yaml: "
                               f"give the same overrides as before, or start a new run")  # fmt: skip
         self.tokens, self.version = state.pop("tokens"), state.pop("version")
         self.quarantined = state.pop("quarantined")
-        self.sync.push(self.version)
+        self.rollouts.load_state(state["step"], state.pop("pending"))
+        if not state.get("unfinished"):
+            self.sync.push(self.version)
         self.display.say(f"resumed {self.folder} after step {state['step']}")
         return state
 

@@ -32,6 +32,8 @@ def run(cfg: DictConfig) -> None:
     # Imported here: --help and --cfg answer without waiting for torch.
     from grpo.config import ConfigError, check_targets
     from grpo.display import Display
+    from grpo.rollout import RolloutError
+    from grpo.sync.names import SyncError
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     display = Display(int(os.environ.get("RANK", 0)), cfg.log.every)
@@ -48,7 +50,7 @@ def run(cfg: DictConfig) -> None:
 
         Run(cfg, folder, display).train()
         stop_distributed()
-    except ConfigError as error:
+    except (ConfigError, RolloutError, SyncError) as error:
         display.stop()
         if HydraConfig.get().mode.name == "MULTIRUN":
             raise  # the other jobs go on; this one is listed as failed

@@ -1,9 +1,10 @@
 """What is optimised. GRPO, DeepSeekMath (arXiv 2402.03300) eq. 3, to be minimised:
 
-    L = aggregate_{i,t} [ - min(ρ_{i,t} A_i, clip(ρ_{i,t}, 1-ε, 1+ε) A_i) + β k3_{i,t} ]
+    L = aggregate_{i,t} [ - w_{i,t} min(ρ_{i,t} A_i, clip(ρ_{i,t}, 1-ε, 1+ε) A_i) + β k3_{i,t} ]
 
     ρ_{i,t} = π_θ / π_old  token ratio            A_i     advantage of completion i in its group
     k3      KL estimator against the reference    β       weight of the KL term
+    w       detached weights, 1 unless asked for (grpo/loss/weight.py: corrections for the sampler)
 
 Departures from the paper: (1) old = detach(new) when there is one update per rollout, the same gradient without a
 second forward pass; (2) the aggregate's denominator is that of the whole optimizer step.
@@ -11,7 +12,7 @@ second forward pass; (2) the aggregate's denominator is that of the whole optimi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from grpo.loss.surrogate import clip_fractions
 
 
 class Objective:
-    """ratio -> surrogate -> + beta KL -> aggregate. Each piece is a pure function chosen in `conf/loss/NAME.yaml`.
+    """ratio -> surrogate -> · weights -> + beta KL -> aggregate: pure functions chosen in `conf/loss/NAME.yaml`.
 
     Args:
         beta: weight of the KL term; 0 leaves the reference pass out altogether.
@@ -31,6 +32,7 @@ class Objective:
         surrogate: (LossInputs, ratio_NT) -> objective_NT, to be maximised
         kl: (LossInputs, ratio_NT) -> kl_NT
         aggregate: (loss_NT, LossInputs) -> scalar share of the step's loss
+        weights: name -> (LossInputs, ratio_NT) -> weight_NT; detached, multiplied, on the policy term only
         mask_truncated: leave completions that the length limit cut out of the loss (they still count as sequences).
     """
 
@@ -43,11 +45,11 @@ class Objective:
     }
 
     def __init__(self, *, beta: float, ratio: Callable, surrogate: Callable, kl: Callable, aggregate: Callable,
-                 mask_truncated: bool = False):  # fmt: skip
+                 weights: Mapping[str, Callable] | None = None, mask_truncated: bool = False):  # fmt: skip
         if beta < 0:
             raise ValueError(f"loss.beta must be at least 0, got {beta}")
         self.beta, self.ratio, self.surrogate, self.kl, self.aggregate = beta, ratio, surrogate, kl, aggregate
-        self.mask_truncated = mask_truncated
+        self.weights, self.mask_truncated = dict(weights or {}), mask_truncated
 
     @property
     def needs_reference(self) -> bool:
@@ -57,6 +59,10 @@ class Objective:
         ratio_NT = self.ratio(x)
         loss_NT = -self.surrogate(x, ratio_NT)
         metrics = self._diagnose(x, ratio_NT)
+        for name, weight in self.weights.items():
+            weight_NT = weight(x, ratio_NT).detach()
+            loss_NT = weight_NT * loss_NT
+            metrics |= {f"weights/{name}/mean": weight_NT, f"weights/{name}/masked": (weight_NT == 0).float()}
         if self.needs_reference:
             kl_NT = self.kl(x, ratio_NT)
             loss_NT = loss_NT + self.beta * kl_NT
@@ -75,7 +81,10 @@ class Objective:
         """The objective as an equation with its numbers, for the first lines of a run."""
         kl = f" + {self.beta:g}·{describe(self.kl)}" if self.needs_reference else ""
         cut = "; completions cut by the length limit are masked" if self.mask_truncated else ""
-        return (
-            f"minimise  {describe(self.aggregate)} of  [ -{describe(self.surrogate)}{kl} ]\n"
-            f"with      {describe(self.ratio)}{cut}"
-        )
+        policy = "·".join([*(f"w_{name}" for name in self.weights), describe(self.surrogate)])
+        lines = [
+            f"minimise  {describe(self.aggregate)} of  [ -{policy}{kl} ]",
+            f"with      {describe(self.ratio)}{cut}",
+            *(f"          w_{name} = {describe(weight)}" for name, weight in self.weights.items()),
+        ]
+        return "\n".join(lines)

@@ -12,6 +12,10 @@ from torch import Tensor
 from grpo.batch import Encoded, Group
 
 
+class RolloutError(RuntimeError):
+    """The rollout engine cannot answer, and repeating does not help: says what was seen and what to do."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample. `seed` and `step` fix every sample; temperature and banned ids are the policy's own."""

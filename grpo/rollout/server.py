@@ -38,15 +38,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group
-from grpo.rollout import Sampling, check_prompt, group_seed, one_slot
+from grpo.rollout import RolloutError, Sampling, check_prompt, group_seed, one_slot
 from grpo.rollout.serve import TOKEN, Launch, Process, ServerError, answers, choose_token, exchange_folder
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
 NEVER = -1e30  # added to a logit: probability exactly 0 after the softmax, and JSON has no infinity
-
-
-class RolloutError(RuntimeError):
-    """The rollout engine cannot answer, and repeating does not help: says what was seen and what to do."""
 
 
 class Fault(Exception):

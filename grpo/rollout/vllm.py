@@ -102,8 +102,8 @@ class VLLMRollout:
         for p in prompts:
             seed = None if s.greedy else group_seed(s.seed, s.step, p.id)
             settings.append(self._parameters(
-                n=copies, max_tokens=s.max_tokens, logprobs=0, seed=seed, stop_token_ids=policy.stop_ids,
-                temperature=0.0 if s.greedy else policy.temperature,
+                n=1 if s.greedy else copies, max_tokens=s.max_tokens, logprobs=0, seed=seed,
+                stop_token_ids=policy.stop_ids, temperature=0.0 if s.greedy else policy.temperature,
             ))  # fmt: skip
         groups = []
         for p, out in zip(prompts, self._ask([self._request(p) for p in prompts], settings), strict=True):
@@ -115,7 +115,7 @@ class VLLMRollout:
                 completions.append(
                     Completion(ids, logp, policy.decode(ids), ids[-1] not in policy.stop_ids, self.version)
                 )
-            groups.append(Group(p, tuple(completions)))
+            groups.append(Group(p, tuple(completions * (copies if s.greedy else 1))))  # vLLM takes no n>1 then
         if self.sleeps and not s.greedy:  # the update comes next; after an evaluation the next rollout does
             self.llm.sleep(level=1)
             self.asleep = {"weights", "kv_cache"}

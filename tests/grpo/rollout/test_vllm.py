@@ -41,7 +41,7 @@ def test_the_policys_distribution(policy, engine):
 def test_greedy_is_the_trainers(policy, engine):
     greedy = Sampling(20, greedy=True)
     prompts = questions(policy)
-    assert tokens(engine.generate(prompts, 1, greedy)) == tokens(HFRollout(policy).generate(prompts, 1, greedy))
+    assert tokens(engine.generate(prompts, 2, greedy)) == tokens(HFRollout(policy).generate(prompts, 2, greedy))
 
 
 def test_a_sample_depends_on_its_name_only(policy, engine):
@@ -62,7 +62,9 @@ def test_seeds_of_a_group_fit_63_bits():
 
 def test_scores_are_the_samplers(policy, engine):
     groups = engine.generate(questions(policy), 2, Sampling(12))
-    assert engine.score(groups) == [[list(c.sampler_logp) for c in g.completions] for g in groups]
+    sampled = [logp for g in groups for c in g.completions for logp in c.sampler_logp]
+    scored = [logp for g in engine.score(groups) for row in g for logp in row]
+    assert scored == pytest.approx(sampled, abs=1e-5)
 
 
 def test_a_score_of_a_banned_token_is_minus_infinity(policy, engine):

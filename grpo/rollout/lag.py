@@ -1,0 +1,144 @@
+"""When a step's completions are made: with `rollout.lag=0` after the last update, with 1 beside it.
+
+    lag=0    rollout 0 | update 0 | sync | rollout 1 | update 1 | sync | ...
+    lag=1    rollout 0 | update 0 | sync | update 1  | sync | update 2 | ...
+                       | rollout 1       | rollout 2        | rollout 3
+
+With lag 1 the completions of step s were sampled with the weights before update s-1: one step off-policy
+(`rollout.correction` weighs for it). Seeds are functions of names, and weights change only between rollouts: same seed,
+same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from data.audio import ClipError
+from grpo.batch import Completion, Encoded, Group
+from grpo.config import ConfigError
+from grpo.rollout import RolloutError, Sampling
+
+
+@dataclass(frozen=True)
+class Asked:
+    """This rank's questions of one step, and their groups to come."""
+
+    step: int
+    questions: Sequence
+    version: int  # of the weights that its completions are sampled with
+    groups: Future
+
+
+class Rollouts:
+    """The groups of each step in order, for one run. At most one rollout is on its way."""
+
+    def __init__(self, run, lag: int):
+        if lag and not hasattr(run.rollout, "every_rank"):
+            raise ConfigError("rollout.lag=1 needs an engine with weights of its own (rollout=vllm, vllm_server): this "
+                              "one samples from the very weights that are trained meanwhile")  # fmt: skip
+        if lag and getattr(run.rollout, "sleeps", False):
+            raise ConfigError("rollout.lag=1 samples during the update, when a sleeping engine has no memory: "
+                              "rollout.sleep=false, and room for both")  # fmt: skip
+        self.run, self.lag = run, lag
+        self.pool = ThreadPoolExecutor(1, "rollout") if lag else None
+        self.asked: Asked | None = None
+
+    def take(self, step: int) -> tuple[Sequence, list[Group]]:
+        """This rank's questions of `step` and their groups; with lag 1, the next step's are on their way afterwards.
+
+        Every rank calls. Raises RolloutError on all ranks if one of them got no groups, RuntimeError for completions of
+        other weights than were asked for.
+        """
+        run = self.run
+        if self.asked is None:
+            self._ask(step)
+        asked, self.asked = self.asked, None
+        with run.clock("rollout"):
+            groups = run.engine.together(asked.groups.result, RolloutError)
+        if stale := {c.version for g in groups for c in g.completions} - {asked.version}:
+            raise RuntimeError(f"step {step}: completions of weights version {stale}, expected {asked.version}")
+        if self.lag and step + 1 < run.settings.steps:
+            self._ask(step + 1)
+        return asked.questions, groups
+
+    def settle(self) -> None:
+        """Wait until no rollout is on its way, so that the engine can take weights. Its error stays for `take`."""
+        if self.asked is not None:
+            with self.run.clock("rollout"):
+                self.asked.groups.exception()
+
+    def _ask(self, step: int) -> None:
+        run, s = self.run, self.run.settings
+        with run.clock("data"):
+            questions, prompts = load_questions(run, step)
+        arguments = prompts, s.generations, Sampling(s.max_tokens, s.seed, step)
+        if self.pool:
+            groups = self.pool.submit(run.rollout.generate, *arguments)
+        else:
+            groups = Future()
+            with run.clock("rollout"):
+                try:
+                    groups.set_result(run.rollout.generate(*arguments))
+                except RolloutError as error:
+                    groups.set_exception(error)
+        self.asked = Asked(step, questions, run.version, groups)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state(self) -> list[dict] | None:
+        """The completions that wait for the next step, of all ranks in question order, as JSON; every rank calls."""
+        if self.asked is None or self.asked.groups.exception():
+            mine, missing = [], [True]
+        else:
+            mine, missing = [_record(group) for group in self.asked.groups.result()], []
+        records = self.run.engine.gather(mine)
+        return None if self.run.engine.gather(missing) else records
+
+    def load_state(self, step: int, records: Sequence[Mapping] | None) -> None:
+        """Put back what `state` gave before `step`, on any number of ranks."""
+        if not records:
+            return
+        run = self.run
+        questions, prompts = load_questions(run, step)
+        share = len(prompts)
+        groups: Future = Future()
+        mine = records[run.engine.rank * share : (run.engine.rank + 1) * share]
+        groups.set_result([_group(run, p, record) for p, record in zip(prompts, mine, strict=True)])
+        self.asked = Asked(step, questions, records[0]["completions"][0]["version"], groups)
+
+
+def _record(group: Group) -> dict:
+    return {"id": group.prompt.id, "completions": [
+        {"token_ids": list(c.token_ids), "sampler_logp": list(c.sampler_logp), "truncated": c.truncated,
+         "version": c.version} for c in group.completions
+    ]}  # fmt: skip
+
+
+def _group(run, prompt: Encoded, record: Mapping) -> Group:
+    if record["id"] != prompt.id:
+        raise ValueError(f"the checkpoint waits with completions of question {record['id']}, the run asks {prompt.id} "
+                         f"now: has the data changed?")  # fmt: skip
+    return Group(prompt, tuple(
+        Completion(tuple(c["token_ids"]), tuple(c["sampler_logp"]), run.policy.decode(c["token_ids"]), c["truncated"],
+                   c["version"]) for c in record["completions"]
+    ))  # fmt: skip
+
+
+def load_questions(run, step: int) -> tuple[list, list[Encoded]]:
+    """This rank's questions of `step`, encoded. An unreadable clip is quarantined on every rank and replaced."""
+    share = run.settings.questions // run.engine.world
+    while True:
+        questions = run.sampler.batch(step, frozenset(run.quarantined))
+        mine = questions[run.engine.rank * share : (run.engine.rank + 1) * share]
+        encoded, failed = [], []
+        for question in mine:
+            try:
+                encoded.append(run.encode(question))
+            except ClipError as error:
+                failed.append((question.id, error.reason, str(error)))
+        failed = run.engine.gather(failed)
+        if not failed:
+            return mine, encoded
+        run.quarantine(failed)
