@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -77,6 +78,12 @@ def pack(prompts: Sequence[Tensor], completions: Sequence[Sequence[Sequence[int]
     )  # fmt: skip
 
 
+def float32_head(lm_head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Logits [..., V] in float32 whatever the weights' dtype: rounded to bfloat16 they alone move a log-probability by
+    0.03. The rollout engines do the same (MiniMax-M1, arXiv 2506.13585, section 3.2)."""
+    return torch.nn.functional.linear(hidden.float(), lm_head.weight.float())
+
+
 def attention_bias(segment_RL: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive attention mask [R, 1, L, L]: causal, prompt visible to all, completions blind to each other.
 
@@ -117,6 +124,7 @@ class Policy(nn.Module):
             path, dtype=getattr(torch, dtype), attn_implementation=attention
         ).requires_grad_(False)
         thinker.visual = None  # never used: no images here, and no memory for them
+        thinker.lm_head.forward = MethodType(float32_head, thinker.lm_head)
         if gradient_checkpointing:
             thinker.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = thinker if lora is None else add_lora(thinker, **lora)

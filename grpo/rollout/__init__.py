@@ -11,6 +11,9 @@ from torch import Tensor
 
 from grpo.batch import Encoded, Group
 
+# vLLM's name for what `float32_head` does in grpo/policy.py. It is read from the config of the language model alone.
+HEAD = {"thinker_config": {"text_config": {"head_dtype": "float32"}}}
+
 
 class RolloutError(RuntimeError):
     """The rollout engine cannot answer, and repeating does not help: says what was seen and what to do."""

@@ -91,6 +91,7 @@ class Launch:
             "--dtype", self.dtype, "--max-model-len", str(self.max_model_len), "--max-num-seqs", str(self.max_num_seqs),
             "--tensor-parallel-size", str(self.tensor_parallel), "--seed", "0",
             "--block-size", "32",  # the smallest on a CPU: prompts shorter than a block are never shared
+            "--hf-overrides", '{"thinker_config":{"text_config":{"head_dtype":"float32"}}}',  # as in grpo/rollout
             "--limit-mm-per-prompt", '{"audio":1,"image":0,"video":0}',
             "--logprobs-mode", "processed_logprobs",  # of the distribution that was sampled, not of the raw logits
             "--generation-config", "vllm",  # the checkpoint's own may carry top-k or a penalty

@@ -5,6 +5,7 @@ log-probabilities the trainer's:
 
 - `processed_logprobs`: of the distribution that was sampled from, with temperature and bans, not of the raw logits;
 - bans are a bias of -inf, so that a banned id has probability zero here as in grpo/logprob.py;
+- logits are computed in float32, as in grpo/policy.py (`HEAD`);
 - no top-p, top-k, min-p or penalty: they renormalise over survivors, which the trainer does not;
 - the expanded prompt is compared id by id with the trainer's.
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group
-from grpo.rollout import Sampling, check_prompt, group_seed, one_slot
+from grpo.rollout import HEAD, Sampling, check_prompt, group_seed, one_slot
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, the only ones that vLLM knows
 
@@ -83,7 +84,7 @@ class VLLMRollout:
                     logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
                     limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0}, mm_processor_cache_gb=mm_cache_gib,
                     gpu_memory_utilization=gpu_memory, enable_sleep_mode=self.sleeps,
-                    worker_extension_cls="grpo.sync.worker.Bridge",
+                    worker_extension_cls="grpo.sync.worker.Bridge", hf_overrides=HEAD,
                     # A plain engine on one of several ranks waits for the others for ever.
                     distributed_executor_backend="external_launcher" if ranks > 1 else None,
                     **size, **lora, **dict(arguments or {}),

@@ -1,6 +1,9 @@
 """Real vLLM after each of many syncs: the trainer's log-probs, its greedy tokens, the version on every sample."""
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 
 from grpo.rollout import Sampling
 from grpo.rollout.hf import HFRollout
@@ -22,13 +25,23 @@ from tests.grpo.vllm_engines import (
 pytestmark = needs_vllm
 STRATEGIES = {"adapter": Adapter, "delta": Delta, "full": Full}
 LIMIT = {"float32": 1e-5, "bfloat16": 0.05}
-SIZE = {"float32": 0.1, "bfloat16": 0.05}  # of A's and B's entries: rounding in bfloat16 grows with the logits
+SIZE = {"float32": 0.1, "bfloat16": 0.05}  # of A's and B's entries
 SYNCS = 20
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def policy(checkpoint, request):
-    return make_policy(checkpoint, request.param)
+def policy(checkpoint, request, tmp_path_factory):
+    """In bfloat16 hidden states are off by about 1 %, so log-probs by 1 % of the logits' size, on either side alike:
+    0.08 on this random model (a trained one: 0.02 to 0.05, docs/sync.md). Half its logits make 0.05 a limit that only
+    faults pass."""
+    if request.param == "float32":
+        return make_policy(checkpoint)
+    folder = tmp_path_factory.mktemp("half")
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["thinker.lm_head.weight"] *= 0.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return make_policy(folder, "bfloat16")
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(work):
-    train(work, *VLLM, "sync=delta", "name=straight")
+    train(work, *VLLM, "name=straight")
     return lines(work, "straight")
 
 
@@ -72,14 +72,14 @@ def test_a_run_with_vllm(work, straight):
 
 def test_stopped_and_resumed_it_is_the_same_run(work, straight):
     # two more starts of vLLM: the second half would differ if the engine did not get the checkpoint's adapter
-    train(work, *VLLM, "sync=delta", "name=resumed", "stop_at=2")
-    train(work, *VLLM, "sync=delta", "name=resumed", "resume=true")
+    train(work, *VLLM, "name=resumed", "stop_at=2")
+    train(work, *VLLM, "name=resumed", "resume=true")
     assert timeless(lines(work, "resumed")) == timeless(straight)
     assert lines(work, "resumed", "samples.jsonl") == lines(work, "straight", "samples.jsonl")
 
 
 def test_two_ranks_of_a_run(work, straight):
-    train(work, *VLLM, "sync=delta", "engine=zero3", "name=ranks", "stop_at=2", ranks=2)
+    train(work, *VLLM, "engine=zero3", "name=ranks", "stop_at=2", ranks=2)
     samples = lines(work, "ranks", "samples.jsonl")
     mine = [row["completion"] for row in lines(work, "straight", "samples.jsonl")]
     assert [row["completion"] for row in samples] == mine[: len(samples)]
@@ -92,9 +92,9 @@ def test_two_ranks_of_a_run(work, straight):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["rollout=vllm"], "sync=delta"),  # sync=shared is the default
+        (["rollout=vllm", "sync=shared"], "sync=delta"),
         (["sync=delta"], "rollout=vllm"),
-        (["rollout=vllm", "sync=delta", "rollout.top_p=0.9"], "biased_sampling=true"),
+        (["rollout=vllm", "rollout.top_p=0.9"], "biased_sampling=true"),
     ],
 )
 def test_mistakes_are_one_line(work, overrides, words):
