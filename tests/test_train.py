@@ -126,6 +126,22 @@ def test_resume_with_other_settings_is_refused(work, straight):
     assert "error:" in done.stderr and "loss" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("when", ["step=3", "evaluation=1"])
+def test_an_engine_that_gives_up_leaves_a_checkpoint_of_that_moment(work, straight, when):
+    # at step 3 before its rollout; at evaluation 1 after the update of step 3, before its line in metrics.jsonl
+    name = when.replace("=", "-")
+    flaky = ["rollout._target_=tests.grpo.rollout.flaky.Flaky", f"+rollout.mended={work / name}", f"+rollout.{when}"]
+    done = train(work, f"name={name}", *flaky, ok=False)
+    text = done.stdout + done.stderr
+    assert "error: the engine is gone" in text and f"name={name} resume=true" in text and "Traceback" not in text
+    assert "checkpoint of step 3" in text
+    assert [row["step"] for row in lines(work, name)] == ([0, 1, 2, 3] if when == "step=3" else [0, 1, 2])
+    (work / name).touch()
+    train(work, f"name={name}", *flaky, "resume=true")
+    assert timeless(lines(work, name)) == timeless(lines(work, "straight"))
+    assert lines(work, name, "samples.jsonl") == lines(work, "straight", "samples.jsonl")
+
+
 def test_a_finished_run_is_not_overwritten(work, straight):
     done = train(work, "name=straight", ok=False)
     assert "already holds a run" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,147 @@
+"""rollout.lag: what is sampled when and with which weights; what waits in a checkpoint; what a fault leaves behind."""
+
+import json
+import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from grpo.batch import Completion, Encoded, Group
+from grpo.config import ConfigError
+from grpo.rollout import RolloutError
+from grpo.rollout import lag as lag_module
+from grpo.rollout.lag import Rollouts
+
+STEPS = 5
+
+
+class Engine:
+    rank, world = 0, 1
+
+    def gather(self, items):
+        return list(items)
+
+    def together(self, call, error):
+        return call()
+
+
+class Recorder:
+    """A rollout engine that writes down what it did, and at the steps of `hold` waits until `go` is set."""
+
+    every_rank = False
+
+    def __init__(self):
+        self.version, self.log, self.go, self.hold, self.fails = 0, [], threading.Event(), set(), set()
+
+    def generate(self, prompts, copies, sampling):
+        if sampling.step in self.hold:
+            assert self.go.wait(60)
+        if sampling.step in self.fails:
+            raise RolloutError("gone")
+        self.log.append((sampling.step, self.version))
+        made = [Completion((7, sampling.step, i), (-0.5, -1 / 3, -1e-9), "text", i == 1, self.version) for i in (0, 1)]
+        return [Group(p, tuple(made)) for p in prompts]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    prompts = [Encoded(name, None, None, "") for name in ("a", "b")]
+    monkeypatch.setattr(lag_module, "load_questions", lambda run, step: ([f"{step}a", f"{step}b"], prompts))
+    return SimpleNamespace(
+        rollout=Recorder(), engine=Engine(), clock=lambda stage: nullcontext(), version=0,
+        settings=SimpleNamespace(generations=2, max_tokens=8, seed=0, steps=STEPS),
+        policy=SimpleNamespace(decode=lambda ids: "text"),
+    )  # fmt: skip
+
+
+def train(run, rollouts, first=0, last=STEPS):
+    """A loop's order of calls: take, update, settle, sync."""
+    seen = []
+    for step in range(first, last):
+        questions, groups = rollouts.take(step)
+        assert questions == [f"{step}a", f"{step}b"]
+        seen.append((step, {c.version for g in groups for c in g.completions}))
+        run.version += 1
+        rollouts.settle()
+        run.rollout.version = run.version
+    return seen
+
+
+@pytest.mark.parametrize(("lag", "versions"), [(0, [0, 1, 2, 3, 4]), (1, [0, 0, 1, 2, 3])])
+def test_each_step_has_the_weights_that_lag_says(run, lag, versions):
+    assert train(run, Rollouts(run, lag)) == [(step, {v}) for step, v in enumerate(versions)]
+    assert run.rollout.log == list(enumerate(versions))  # each step once, none beyond the last
+
+
+def test_the_next_rollout_runs_beside_the_update(run):
+    run.rollout.hold = {1}
+    rollouts = Rollouts(run, 1)
+    rollouts.take(0)
+    assert rollouts.asked.step == 1 and not rollouts.asked.groups.done()  # and we are free to train
+    run.rollout.go.set()
+    rollouts.settle()
+    assert run.rollout.log == [(0, 0), (1, 0)]
+
+
+def test_without_lag_nothing_is_sampled_ahead(run):
+    rollouts = Rollouts(run, 0)
+    rollouts.take(0)
+    assert rollouts.asked is None and run.rollout.log == [(0, 0)] and rollouts.state() is None
+
+
+def test_weights_that_changed_under_a_rollout_are_refused(run):
+    rollouts = Rollouts(run, 1)
+    rollouts.take(0)
+    run.rollout.version = 9
+    rollouts.settle()
+    rollouts.asked = lag_module.Asked(1, [], 8, rollouts.asked.groups)
+    with pytest.raises(RuntimeError, match=r"step 1: completions of weights version \{.*\}, expected 8"):
+        rollouts.take(1)
+
+
+def test_what_waits_survives_a_checkpoint(run):
+    whole = Rollouts(run, 1)
+    train(run, whole, 0, 3)
+    saved = json.loads(json.dumps(whole.state()))
+    waiting = whole.asked.groups.result()
+    again = Rollouts(run, 1)
+    again.load_state(3, saved)
+    run.rollout.log.clear()
+    questions, groups = again.take(3)
+    assert groups == waiting and questions == ["3a", "3b"]
+    again.settle()
+    assert run.rollout.log == [(4, 3)]  # step 3 was not sampled again
+
+
+def test_other_data_after_a_checkpoint_is_an_error(run):
+    whole = Rollouts(run, 1)
+    train(run, whole, 0, 1)
+    saved = whole.state()
+    saved[0]["id"] = "c"
+    with pytest.raises(ValueError, match="question c, the run asks a now"):
+        Rollouts(run, 1).load_state(1, saved)
+
+
+def test_a_failed_rollout_shows_where_its_groups_are_wanted(run):
+    run.rollout.fails = {2}
+    rollouts = Rollouts(run, 1)
+    train(run, rollouts, 0, 2)  # step 2 failed in the background: training of step 1 went on
+    assert rollouts.state() is None
+    with pytest.raises(RolloutError, match="gone"):
+        rollouts.take(2)
+    run.rollout.fails = set()
+    assert rollouts.take(2)[1][0].completions[0].version == 2  # asked again, with the weights of now
+
+
+def test_engines_that_cannot_are_refused(run):
+    run.rollout = SimpleNamespace()
+    with pytest.raises(ConfigError, match="rollout=vllm, vllm_server"):
+        Rollouts(run, 1)
+    run.rollout = SimpleNamespace(every_rank=True, sleeps=True)
+    with pytest.raises(ConfigError, match=r"rollout\.sleep=false"):
+        Rollouts(run, 1)
+    run.rollout = SimpleNamespace(every_rank=True, sleeps=False)
+    run.cfg = SimpleNamespace(model=SimpleNamespace(lora=SimpleNamespace(dropout=0.1)))
+    with pytest.raises(ConfigError, match=r"model\.lora\.dropout=0"):
+        Rollouts(run, 1)
