@@ -478,8 +478,9 @@ class VLLMServer:
                         server.life = int(self.store.get(f"life/{server.index}"))
                         if server.weight_version() == self._tag(self.version):
                             server.applied = self.version  # here: the version last seen on it
-                except Fault:
-                    pass  # rank 0 mends it, or it is left out
+                except Fault as fault:  # rank 0 sees for itself that one died, and mends it
+                    if fault.hung:
+                        self.store.set(f"complaint/{server.index}", str(server.life))
                 if server.applied == self.version:
                     return server
             if time.monotonic() > end or self._stop.wait(0.1):

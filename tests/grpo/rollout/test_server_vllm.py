@@ -178,15 +178,16 @@ def test_a_prompt_that_differs_is_an_error_that_names_the_question(prompts, roll
 # ---------------------------------------------------------------- killed in mid-batch
 
 
-def processes(server) -> list[int]:
-    """Process ids under the keeper: the API server first, then its engine."""
-    found, todo = [], [server.process.keeper.pid]
+def children(pid: int) -> list[int]:
+    """Process ids of all that a process started, nearest first."""
+    found, todo = [], [pid]
     while todo:
         pid = todo.pop(0)
-        children = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        found += children
-        todo += children
-    return found
+        for task in Path(f"/proc/{pid}/task").glob("*"):
+            with contextlib.suppress(OSError):
+                todo += [int(p) for p in (task / "children").read_text().split()]
+        found.append(pid)
+    return found[1:]
 
 
 @pytest.mark.parametrize("victim", ["api", "engine"])
@@ -197,7 +198,7 @@ def test_killed_in_mid_batch_it_comes_back_with_the_same_weights_and_answers(vic
     start = time.monotonic()
     calm = rollout.generate(prompts, 8, sampling)
     usual = time.monotonic() - start
-    restarts, old = rollout.restarts, processes(rollout.servers[0])
+    restarts, old = rollout.restarts, children(rollout.servers[0].process.keeper.pid)
     names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in old}
     target = old[0] if victim == "api" else next(pid for pid, name in names.items() if "EngineCore" in name)
     after = random.Random(victim).uniform(0.1, 0.8) * usual

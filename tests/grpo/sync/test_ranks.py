@@ -101,3 +101,17 @@ def test_mistakes_are_one_line(work, overrides, words):
     done = train(work, *overrides, ok=False, base=SMALL)
     text = done.stdout + done.stderr
     assert words in text and "error:" in text and "Traceback" not in text, text
+
+
+def test_with_lag_it_is_repeatable_and_resumes_with_what_waited(work):
+    lag = [*VLLM, "rollout.lag=1", "rollout.correction=truncate"]
+    train(work, *lag, "name=lag")
+    train(work, *lag, "name=lag_resumed", "stop_at=3")
+    train(work, *lag, "name=lag_resumed", "resume=true")
+    rows = lines(work, "lag")
+    versions = [row["version"] for row in lines(work, "lag", "samples.jsonl")]
+    assert versions == [max(step - 1, 0) for step in range(6) for _ in range(16)]
+    assert timeless(lines(work, "lag_resumed")) == timeless(rows)
+    assert lines(work, "lag_resumed", "samples.jsonl") == lines(work, "lag", "samples.jsonl")
+    assert rows[2]["sampling/sampling_logp_difference/max"] > 1e-3  # one step off-policy, and weighed for it
+    assert rows[2]["weights/sampler/mean"] != 1.0
