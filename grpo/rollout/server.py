@@ -337,7 +337,7 @@ class VLLMServer:
         """
         asked, owner = [], []
         for b, group in enumerate(groups):
-            base = self._question(group.prompt, self._common() | {"max_tokens": 1, "logprobs": 2, "n": 1, "seed": 0})
+            base = self._question(group.prompt, self._common() | {"max_tokens": 1, "logprobs": 1, "n": 1, "seed": 0})
             for g, completion in enumerate(group.completions):
                 for t, token in enumerate(completion.token_ids):
                     asked.append(base | {
