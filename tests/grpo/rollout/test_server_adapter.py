@@ -11,7 +11,7 @@ from grpo.rollout.hf import HFRollout
 from grpo.rollout.server import VLLMServer
 from grpo.sync.adapter import Adapter
 from tests.conftest import make_clip, make_prompt, make_question
-from tests.grpo.rollout.test_server_vllm import LORA, TEMPERATURE, OneRank, gap, ids, processes, turn
+from tests.grpo.rollout.test_server_vllm import LORA, TEMPERATURE, OneRank, children, gap, ids, turn
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +47,6 @@ def test_parity_after_each_adapter_and_after_a_restart(policy, rollout):
     print(f"Adapter: max |dlogp| {worst:.2g}, {receipt.bytes} bytes a sync")
     sampling = Sampling(12, seed=9)
     calm = rollout.generate(prompts, 3, sampling)
-    os.kill(processes(rollout.servers[0])[0], signal.SIGKILL)
+    os.kill(children(rollout.servers[0].process.keeper.pid)[0], signal.SIGKILL)
     again = rollout.generate(prompts, 3, sampling)
     assert rollout.restarts == 1 and ids(again) == ids(calm) and gap(policy, again) <= 1e-5
