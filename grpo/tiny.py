@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,8 @@ SPLIT = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """Byte-level BPE in Qwen2's form, trained on `texts`."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, filled: int = 0) -> Qwen2Tokenizer:
+    """Byte-level BPE in Qwen2's form, trained on `texts`; made up to `filled` words that no text contains."""
     raw = Tokenizer(models.BPE())
     raw.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
@@ -66,8 +67,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     raw.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     )
-    raw.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     state = json.loads(raw.to_str())["model"]
+    state["vocab"] |= {f"filler{i}": i for i in range(len(state["vocab"]), filled)}
     tokenizer = Qwen2Tokenizer(
         vocab=state["vocab"], merges=[tuple(m) for m in state["merges"]],
         unk_token=None, bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=NAMED,
@@ -79,11 +80,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 
 def build(folder: Path, texts: Iterable[str], *, hidden=128, layers=2, audio_hidden=256, audio_layers=1, vocab_size=640,
-          max_seconds=10, seed=0) -> None:  # fmt: skip
+          max_seconds=10, seed=0, filled=0) -> None:  # fmt: skip
     """Write a checkpoint into `folder`; same arguments, same bytes. ConfigError if hidden is no multiple of 32."""
     if hidden % 32:
         raise ConfigError(f"model.tiny.build.hidden must be a multiple of 32 (the head size), got {hidden}")
-    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer = train_tokenizer(texts, vocab_size, filled)
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
     extractor = WhisperFeatureExtractor(
         feature_size=128, sampling_rate=16000, hop_length=160, n_fft=400, chunk_length=max_seconds,
@@ -160,6 +161,51 @@ def save_full_omni(model: Qwen2_5OmniThinkerForConditionalGeneration, folder: Pa
     model.generation_config.save_pretrained(folder)
     tensors = {f"thinker.{k}": v.contiguous() for k, v in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# Sizes of Qwen2.5-Omni-7B's Thinker, by their names in its config (huggingface.co/Qwen/Qwen2.5-Omni-7B).
+SEVEN_B = {
+    "text_config": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                        num_key_value_heads=4, vocab_size=152064, max_position_embeddings=32768,
+                        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
+    "audio_config": dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120,
+                         output_dim=3584),
+    "vision_config": dict(out_hidden_size=3584),
+}  # fmt: skip
+FILLED = 151_643  # words of Qwen's tokenizer; the rest of the vocabulary is never sampled
+
+
+def random_checkpoint(folder: Path, sizes: Mapping = SEVEN_B, filled: int = FILLED, dtype=torch.bfloat16) -> None:
+    """A checkpoint of the true shapes with random weights, to measure speed and memory with; kept if it is there.
+
+    Weights are written layer by layer (15 GB at full size). Its words are meaningless beyond the tiny tokenizer's.
+    """
+    folder = Path(folder)
+    if (folder / "model.safetensors.index.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    build(folder, ["no words"], hidden=64, layers=1, audio_hidden=32, filled=filled)  # processor and tokenizer
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for part, values in sizes.items():
+        config["thinker_config"][part] |= values
+    config["thinker_config"]["text_config"].pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
+    with torch.device("meta"):
+        model = Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5OmniConfig.from_pretrained(folder).thinker_config)
+    shards: dict[str, dict] = {}
+    for name, tensor in model.state_dict().items():
+        layer = re.match(r"(.*?\.\d+)\.", name)
+        shards.setdefault(layer[1] if layer else "rest", {})[f"thinker.{name}"] = tensor.shape
+    index, generator = {}, torch.Generator().manual_seed(0)
+    for i, shapes in enumerate(shards.values()):
+        file = f"model-{i:05d}.safetensors"
+        made = {n: torch.randn(s, generator=generator).mul_(0.02).to(dtype) for n, s in shapes.items()}
+        made |= {n: torch.ones(s, dtype=dtype) for n, s in shapes.items() if len(s) == 1 and n.endswith("norm.weight")}
+        save_file(made, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(made, file)
+    write = {"metadata": {}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(write))  # last: a half-made one is made anew
 
 
 def corpus(questions: Iterable, prompt) -> list[str]:
