@@ -336,13 +336,14 @@ class VLLMServer:
         know neither temperature nor banned ids, and go round the prefix cache whose staleness a probe should see.)
         """
         asked, owner = [], []
+        # The answer lists as many as were asked for, the sampled one first: asked for once, ours would be cut off.
         for b, group in enumerate(groups):
-            base = self._question(group.prompt, self._common() | {"max_tokens": 1, "logprobs": 1, "n": 1, "seed": 0})
+            base = self._question(group.prompt, self._common() | {"max_tokens": 1, "logprobs": 2, "n": 1, "seed": 0})
             for g, completion in enumerate(group.completions):
                 for t, token in enumerate(completion.token_ids):
                     asked.append(base | {
                         "token_ids": base["token_ids"] + list(completion.token_ids[:t]), "return_token_ids": False,
-                        "sampling_params": base["sampling_params"] | {"logprob_token_ids": [token]},
+                        "sampling_params": base["sampling_params"] | {"logprob_token_ids": [token] * 2},
                     })  # fmt: skip
                     owner.append((b, g, token))
         values = self._all(asked, lambda i, answer: score_of(owner[i][2], answer),
