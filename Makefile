@@ -41,10 +41,10 @@ HYDRA     = $(foreach W,$(filter-out $(CAPITALS),$(GIVEN)),'$(subst ','\'',$(W)=
 
 RUN = $(BIN)/python $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=$(NPROC) )-m
 
-.PHONY: help setup train test lint format lock clean FORCE
+.PHONY: help setup train test bench bench-gpu lint format lock clean FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv from the lock file; does nothing when it is up to date
 
@@ -59,6 +59,12 @@ train: $(STAMP) ## train; words like seed=1 are config overrides, EXPERIMENT=nam
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP) ## run the tests; TESTS=tests/grpo runs some
 	$(BIN)/python -m pytest -q -rs --durations=10 $(TESTS)
+
+bench: $(STAMP) ## seconds a step of every rollout engine, as ratios; ARGS='--rounds 1 --only hf vllm'
+	$(BIN)/python -m grpo.bench $(ARGS) $(HYDRA)
+
+bench-gpu: $(STAMP) ## the same at the true 7B shapes, random weights (16 GB in .cache); skips without a GPU
+	$(BIN)/python -m grpo.bench --gpu $(ARGS) $(HYDRA)
 
 lint: $(STAMP) ## ruff: faults and format
 	$(BIN)/ruff check .

@@ -93,7 +93,7 @@ def main() -> None:
             sys.exit("skipped: no CUDA device here. `make bench` measures a tiny model on a CPU")
         from grpo.tiny import random_checkpoint
 
-        folder = Path(".cache/random-7b")
+        folder = Path(".cache/random-7b").absolute()
         random_checkpoint(folder)
         shared += [*REAL, f"model.path={folder}"]
         print(torch.cuda.get_device_name())
