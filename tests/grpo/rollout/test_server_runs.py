@@ -67,3 +67,14 @@ def test_its_server_killed_at_random_moments_it_is_the_same_run(work, calm):
     print(f"{killed} kills, {len(calm) - 1} steps")
     assert timeless(lines(work, "killed")) == timeless(calm)
     assert lines(work, "killed", "samples.jsonl") == lines(work, "calm", "samples.jsonl")
+
+
+def test_two_ranks_under_zero3_share_a_server(work, calm):
+    train(work, *SERVER, "engine=zero3", "name=ranks", "stop_at=2", f"steps={len(calm) - 1}", ranks=2)
+    samples = lines(work, "ranks", "samples.jsonl")
+    mine = [row["completion"] for row in lines(work, "calm", "samples.jsonl")]
+    assert [row["completion"] for row in samples] == mine[: len(samples)] and len(samples) == 32
+    for a, b in zip(timeless(lines(work, "ranks")), timeless(calm), strict=False):
+        for key in a.keys() & b.keys() - {"sync/probe_error"}:
+            close = {"abs": 1e-5} if key == "loss" else {"abs": 2e-4, "rel": 1e-3}
+            assert a[key] == pytest.approx(b[key], **close), (a["step"], key)
