@@ -14,7 +14,7 @@ DOORS = {
     "transformers": {"grpo/policy.py", "grpo/tiny.py"},
     "peft": {"grpo/policy.py"},
     "deepspeed": {"grpo/engine.py"},
-    "vllm": {"grpo/rollout/vllm.py", "grpo/sync/worker.py", "grpo/sync/nccl.py"},
+    "vllm": {"grpo/rollout/vllm.py", "grpo/sync/worker.py"},
     "wandb": {"grpo/tracking.py"},
 }
 

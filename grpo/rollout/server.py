@@ -70,6 +70,8 @@ class Push:
     arguments: Mapping
     file: Path | None = None  # the tensors, safetensors
     adapter: str | None = None  # name under which to load the file's folder as a LoRA adapter as well
+    asked: set[int] = field(default_factory=set)  # servers to which it was sent, with or without an answer
+    once: bool = False  # it cannot be repeated: what it carried is gone
     results: dict[int, list] = field(default_factory=dict)  # server -> one result a worker
 
 
@@ -147,6 +149,10 @@ class Server:
                 self._reset("/reset_encoder_cache")
             self.request("POST", "/update_weight_version", {"new_version": tag(push.arguments["version"])})
         else:
+            if push.once and self.index in push.asked:
+                raise RolloutError(f"{self.url} lost its weights, and a broadcast cannot be repeated: go on from a "
+                                   f"checkpoint, or use sync.transport=direct")  # fmt: skip
+            push.asked.add(self.index)
             arguments = dict(push.arguments)
             if push.file is not None and self.process is not None:
                 arguments["path"] = str(push.file)
@@ -545,9 +551,12 @@ class VLLMServer:
 
     # ---------------------------------------------------------------- weights
 
-    def call(self, method: str, **arguments) -> list:
-        """A method of the worker extension on every worker of every server. Rank 0 only. Returns all their results."""
-        return self._push(method, arguments, None)
+    def call(self, method: str, *, once: bool = False, **arguments) -> list:
+        """A method of the worker extension on every worker of every server. Rank 0 only. Returns all their results.
+
+        With `once` it is not repeated to a server that comes back empty: RolloutError instead.
+        """
+        return self._push(method, arguments, None, once=once)
 
     def send(self, method: str, tensors: Mapping[str, Tensor], **arguments) -> list:
         """The same with tensors: as a file in shared memory (`path`) or, for servers by URL, as base64 (`data`)."""
@@ -583,10 +592,11 @@ class VLLMServer:
                 shutil.rmtree(push.file.parent, ignore_errors=True)
         self.version = version
 
-    def _push(self, method: str | None, arguments: Mapping, file: Path | None, adapter: str | None = None) -> list:
+    def _push(self, method: str | None, arguments: Mapping, file: Path | None, adapter: str | None = None, *,
+              once: bool = False) -> list:  # fmt: skip
         """To every server that is up; one that fails is mended and gets all it lacks. At least one must take it."""
         self._serial += 1
-        push = Push(self._serial, method, arguments, file, adapter)
+        push = Push(self._serial, method, arguments, file, adapter, once=once)
         self._pending.append(push)
         with ThreadPoolExecutor(len(self.servers)) as pool:
             failed = [error for error in pool.map(self._push_to, self.servers) if error]

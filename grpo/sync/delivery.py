@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -34,11 +34,6 @@ class Delivery:
             self.error = SyncError(f"{len(tensors)} tensors were sent, and the engine answered {odd or 'nothing'}")
         else:
             self.changed += answers[0]["changed"]
-
-    def count(self, sizes: Iterable[int]) -> None:
-        """Note weights of these sizes in bytes that went another way, which checks them itself."""
-        sizes = list(sizes)
-        self.keys, self.bytes, self.changed = self.keys + len(sizes), self.bytes + sum(sizes), self.changed + len(sizes)
 
     def run(self, call: Callable, *args, **kwargs):
         """What `call` returns; None on a rank that does not push, or after an error."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from grpo.batch import Group
 from grpo.sync import Receipt
+from grpo.sync.broadcast import Broadcast
 from grpo.sync.delivery import Delivery
 from grpo.sync.merge import merged
 from grpo.sync.names import checkpoint_name, whole_groups
@@ -40,10 +42,6 @@ class Weight:
         """`thinker.model.layers.7`, or the module itself where there are no layers."""
         found = re.match(r".*?\.\d+(?=\.)", self.name)
         return found[0] if found else self.module
-
-    @property
-    def numel(self) -> int:
-        return getattr(self.base, "ds_numel", self.base.numel())
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -85,37 +83,31 @@ class Full:
     """See the module.
 
     `transport`: direct gives the tensors to `rollout.send` (by reference in one process, else through shared memory);
-    nccl broadcasts from GPU to GPU (grpo/sync/nccl.py) on `address` and `port`.
+    broadcast sends them from GPU to GPU (grpo/sync/broadcast.py) by way of `address` and `port` (null: any free one).
     """
 
     def __init__(self, policy, engine, rollout, *, transport: str = "direct", address: str = "127.0.0.1",
-                 port: int = 51216, probe_every: int = 10, probe_limit: float | None = None):  # fmt: skip
-        if transport not in ("direct", "nccl"):
-            raise ValueError(f"transport must be direct or nccl, got {transport!r}")
+                 port: int | None = None, probe_every: int = 10, probe_limit: float | None = None):  # fmt: skip
+        if transport not in ("direct", "broadcast"):
+            raise ValueError(f"transport must be direct or broadcast, got {transport!r}")
         self.engine, self.rollout = engine, rollout
         self.probe = Probe(policy, engine, rollout, every=probe_every, limit=probe_limit)
         self.all = weights(policy.model)
         groups = whole_groups(weight.module for weight in self.all if weight.trained)
         members = {module for group in groups for module in group}
         self.trained = [weight for weight in self.all if weight.module in members]
-        self.first, self.broadcast = True, None
-        if transport == "nccl":
-            from grpo.sync.nccl import Broadcast
-
-            self.broadcast = Broadcast(engine, rollout, address=address, port=port)
+        self.first = True
+        self.load = partial(rollout.send, "bridge_load")
+        if transport == "broadcast":
+            self.load = partial(Broadcast(engine, rollout, address=address, port=port).send, "bridge_receive")
 
     @torch.no_grad()
     def push(self, version: int, groups: Sequence[Group] = ()) -> Receipt:
         delivery = Delivery("full", version, self.engine, self.rollout)
         sent, self.first = self.all if self.first else self.trained, False
-        layers = by_layer(sent)
-        if self.broadcast:
-            delivery.count(weight.numel * weight.base.element_size() for weight in sent)
-            self.broadcast.send(layers)
-            layers = []
-        for layer in layers:
+        for layer in by_layer(sent):
             with self.engine.gathered([p for weight in layer for p in weight.parameters]):
                 tensors = {weight.name: weight.tensor() for weight in layer} if delivery.pushes else {}
-                delivery.send(self.rollout.send, tensors, "bridge_load", tensors, version=version)
+                delivery.send(self.load, tensors, tensors, version=version)
         audio = any(weight.name.startswith("thinker.audio_tower.") for weight in sent)
         return delivery.close(self.probe, groups, audio_changed=audio)

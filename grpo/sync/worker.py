@@ -4,6 +4,7 @@ on every tensor-parallel worker. One of two doors to vllm.
     adapter   bridge_adapter                LoRA tensors, registered under a fresh id
     delta     bridge_delta                  LoRA tensors, merged here into the kept base weights
     full      bridge_load, once a layer     whole weights
+              bridge_join, bridge_receive   the same by broadcast (grpo/sync/broadcast.py)
 
 Weights go in by checkpoint name through vLLM's layerwise reload, because an engine repacks its matrices (a CPU's drops
 the originals). Only the modules named are touched, whole fused groups at a time.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
+from grpo.sync.broadcast import broadcast, join, store
 from grpo.sync.merge import merged
 from grpo.sync.names import SyncError, module_of, whole_groups
 
@@ -102,6 +104,19 @@ class Bridge:
             finalize_layerwise_reload(layer, self.model_config)
         self._bridge_held = version
         return answer(tensors, len(tensors), version)
+
+    def bridge_join(self, address: str, port: int, ranks: int) -> bool:
+        """Join the trainer's rank 0 in a process group; it is rank 0 there, tensor-parallel worker r is 1 + r."""
+        self._bridge_group = join(store(address, port, ranks), 1 + self.rank, ranks, self.device.type)
+        return True
+
+    def bridge_receive(self, version: int, shapes: Mapping[str, Sequence]) -> dict:
+        """Take a broadcast of weights, named with dtype and shape in the order in which they come, and load them."""
+        tensors = {}
+        for name, (dtype, shape) in shapes.items():
+            tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+            broadcast(self._bridge_group, tensors[name])
+        return self.bridge_load(version, tensors)
 
     def _bridge_checkpoint(self) -> dict[str, dict[str, Path]]:
         if "_bridge_index" not in self.__dict__:

@@ -358,6 +358,16 @@ def test_killed_at_random_moments_of_a_run_nothing_changes(count, prompts, start
     assert engine.restarts >= 5  # those killed behind the last answer of a step are found dead by the next push
 
 
+def test_what_was_broadcast_is_not_repeated_to_a_server_that_comes_back_empty(prompts, started):
+    engine = started()
+    engine.call("load", once=True, version=1)
+    engine.refresh(1, audio_changed=False)
+    assert engine.generate(prompts, 2, SAMPLING)
+    os.kill(process_of(engine.servers[0]), signal.SIGKILL)
+    with pytest.raises(RolloutError, match=r"a broadcast cannot be repeated.*sync\.transport=direct"):
+        engine.generate(prompts, 2, SAMPLING)
+
+
 def test_a_server_that_hangs_is_started_anew(prompts, started):
     engine = started(timeout=1.0)
     push(engine, 1)

@@ -116,6 +116,18 @@ def test_parity_after_each_of_twenty_syncs(strategy, policy, prompts, rollout):
     print(f"{strategy.__name__}: max |dlogp| {worst:.2g}, {receipt.bytes} bytes a sync")
 
 
+def test_parity_of_weights_that_were_broadcast(policy, prompts, rollout):
+    sync = Full(policy, OneRank(policy), rollout, transport="broadcast", probe_every=1)
+    receipts = []
+    for _ in range(3):
+        turn(policy, 300 + rollout.version)
+        receipts.append(sync.push(rollout.version + 1, rollout.generate(prompts[:1], 2, Sampling(8))))
+        assert gap(policy, rollout.generate(prompts, 3, Sampling(12, step=rollout.version))) <= 1e-5
+        assert receipts[-1].probe_error <= 1e-5
+    assert receipts[0].bytes > receipts[1].bytes == receipts[2].bytes > 0  # all weights, then those that are trained
+    Delta(policy, OneRank(policy), rollout, probe_every=0).push(rollout.version + 1)  # what can be repeated, for later
+
+
 def test_score_of_given_completions(policy, prompts, rollout):
     groups = rollout.generate(prompts[:2], 2, Sampling(10, seed=3))
     assert gap(policy, groups, rollout.score(groups)) <= 1e-5
