@@ -49,18 +49,17 @@ def test_its_server_killed_at_random_moments_it_is_the_same_run(work, calm):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "grpo.train", *SMALL, *SERVER, "name=killed", f"steps={len(calm) - 1}"]
     run = subprocess.Popen(command, cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    moments, killed = random.Random(0), 0
+    moments, killed, log = random.Random(KILLS), 0, work / "outputs" / "killed" / "metrics.jsonl"
+    steps = sorted(moments.sample(range(1, len(calm) - 1), KILLS))  # lines that are written when it is killed
     while run.poll() is None and killed < KILLS:
+        time.sleep(0.01)
         keepers = [pid for pid in children(run.pid) if "serve.py" in command_of(pid)]
-        started = (work / "outputs" / "killed" / "metrics.jsonl").exists()
         victims = [pid for keeper in keepers for pid in children(keeper)]
-        if started and victims:
+        if victims and log.exists() and log.read_text().count("\n") >= steps[killed]:
+            time.sleep(moments.uniform(0.0, 0.5))  # anywhere in a step: rollout, update, sync
             with contextlib.suppress(ProcessLookupError):
                 os.kill(moments.choice(victims), signal.SIGKILL)  # its API process, or one behind it
                 killed += 1
-            time.sleep(moments.uniform(0.0, 40.0))  # into its restart, or into the steps after it
-        else:
-            time.sleep(0.01)
     output, _ = run.communicate(timeout=900)
     assert run.returncode == 0, output[-4000:]
     assert killed == KILLS, f"the run ended after {killed} kills"
