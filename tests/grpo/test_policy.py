@@ -166,8 +166,10 @@ def test_stop_token_is_in_the_loss_and_nothing_after_it(policy):
 
 def test_empty_completion_is_survived(policy):
     prompt = policy.encode(QUESTIONS[0], CLIPS[0])
-    logp = logps(policy, [Group(prompt, (Completion((), (), "", True, 0), Completion((5,), (0.0,), "", True, 0)))])
-    assert logp.shape == (2, 1) and logp[0, 0] == 0 and logp[1, 0] != 0
+    some = Completion((5, 6, 7), (0.0,) * 3, "", True, 0)
+    logp = logps(policy, [Group(prompt, (Completion((), (), "", True, 0), some))])
+    alone = logps(policy, [Group(prompt, (some,))])
+    assert logp.shape == (2, 3) and (logp[0] == 0).all() and torch.allclose(logp[1], alone[0], atol=1e-5)
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(policy, checkpoint):
