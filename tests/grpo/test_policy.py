@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Group
-from grpo.policy import Policy
+from grpo.policy import Policy, attention_bias
 from grpo.rollout import Sampling
 from grpo.rollout.hf import HFRollout
 from tests.conftest import LORA, make_clip, make_prompt, make_question
@@ -93,6 +93,20 @@ def test_layout_and_padding_side_change_nothing(policy, layout, pad):
     assert torch.allclose(logp, other, atol=1e-5)
     scale = max(g.abs().max() for g in grads.values())
     assert max((grads[n] - other_grads[n]).abs().max() for n in grads) <= 1e-6 * max(1.0, scale)
+
+
+def test_who_sees_whom():
+    # one padding token, two of the prompt, two of the first completion, one of the second
+    bias = attention_bias(torch.tensor([[-1, 0, 0, 1, 1, 2]]), torch.float32)
+    assert bias.shape == (1, 1, 6, 6) and set(bias.unique().tolist()) == {0.0, float("-inf")}
+    assert (bias[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0, 0, 0],  # itself, so that its softmax is finite
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 1, 1, 0, 0, 1],  # the prompt and itself, not the first completion
+    ]
 
 
 def test_swapping_the_clip_changes_rollout_policy_and_reference(policy):
