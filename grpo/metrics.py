@@ -26,7 +26,7 @@ MEANING = {
     "sampling/sampling_logp_difference/mean": "gap from log π_old to log π_sampler (also max): 0 when sync is exact",
     "sampling/importance_sampling_ratio/mean": "π_old/π_sampler per token (also min, max)",
     "weights/<name>/mean": "weight on the policy term (`sampler`: rollout.correction); weights/<name>/masked: zeros",
-    "sync/probe_error": "max |log π_engine - log π_trainer| of a few completions after a sync (on its turn), in nats",
+    "sync/probe_error": "largest gap in log-prob between engine and trainer after a sync (on its turn), in nats",
     "sync/bytes": "sent to each rollout engine by the step's sync; sync/changed: weight matrices that it changed there",
     "loss": "the step's loss; near 0 on-policy, its gradient is not",
     "grad_norm": "gradient norm before clipping",

@@ -22,7 +22,10 @@ class Rollout:
 
 def measure(rank=0, world=1, batch=2, elsewhere=0.0):
     engine = SimpleNamespace(
-        rank=rank, world=world, reduce=lambda values: {k: v + elsewhere for k, v in values.items()}
+        rank=rank,
+        world=world,
+        together=lambda call, error: call(),
+        reduce=lambda values: {k: v + elsewhere for k, v in values.items()},
     )
     rollout, judged = Rollout(), []
 

@@ -16,6 +16,8 @@ from grpo.batch import Completion, Encoded, Group, pad_rows
 from grpo.loss import aggregate, kl, ratio, surrogate
 from grpo.loss.objective import Objective
 from grpo.rollout import Sampling
+from grpo.rollout.lag import Rollouts, load_questions
+from grpo.sync import Receipt
 from tests.conftest import make_question
 
 # Tokens of the two completions of questions 0 to 3 (4 to 7 repeat them), and those that the length limit cut.
@@ -83,6 +85,9 @@ class Engine:
     def gather(self, items):
         return list(items)
 
+    def together(self, call, error):
+        return call()
+
 
 class Rollout:
     """Completion g of question b has the token ids b, b + 1, ...; the sampler gave each a log-prob of -0.25."""
@@ -137,15 +142,18 @@ def make_run(*, beta=0.1, mask_truncated=False, updates=1, micro=2, rank=0, drop
                         aggregate=aggregate.sequence_mean, mask_truncated=mask_truncated)  # fmt: skip
     objective.seen, pushed = [], []
     asked = [make_question(str(i), answer=2) for i in range(10)]
-    return Run(
+    run = Run(
         settings=SimpleNamespace(questions=8, generations=2, micro_questions=micro, updates=updates, max_tokens=5,
                                  seed=3, steps=10),
         sampler=SimpleNamespace(batch=lambda step, bad: [q for q in asked if q.id not in bad][:8]),
         policy=policy, engine=Engine(policy, rank), rollout=Rollout(), rewards=Rewards(), objective=objective,
         advantage=group_mean, schedule=lambda step, steps: (step + 1) / steps, clock=lambda stage: nullcontext(),
-        sync=SimpleNamespace(push=pushed.append), pushed=pushed, version=0, tokens=0, quarantined={},
+        sync=SimpleNamespace(push=lambda version, groups: pushed.append((version, groups)) or Receipt("none", version)),
+        pushed=pushed, version=0, tokens=0, quarantined={},
         unreadable=unreadable,
     )  # fmt: skip
+    run.rollouts = Rollouts(run, lag=0)
+    return run
 
 
 def test_denominators_count_the_whole_step():
@@ -169,10 +177,12 @@ def test_micro_batches_change_nothing():
 
 def test_order_of_an_iteration():
     run = make_run(updates=2)
-    metrics, _ = loop.step(run, 4)
+    metrics, _, groups = loop.step(run, 4)
+    assert run.version == 1 and run.pushed == []
+    loop.sync(run, groups)
     assert run.rollout.sampling == Sampling(max_tokens=5, seed=3, step=4)
     assert run.engine.calls == ["backward", "next", "backward", "step 0.5"] * 2
-    assert metrics["learning_rate"] == 0.5 and (run.version, run.pushed) == (1, [1])
+    assert metrics["learning_rate"] == 0.5 and run.pushed == [(1, groups)]
     assert run.tokens == 2 * (4 * 7 + 22)
 
 
@@ -214,7 +224,7 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
 
 def test_rewards_hear_of_their_own_completion():
     run = make_run()
-    _, rows = loop.step(run, 0)
+    _, rows, _ = loop.step(run, 0)
     assert [r["reward"] for r in rows] == [r["rewards"]["second"] for r in rows] == [0, 1] * 4
     assert [c["n_tokens"] for c in run.rewards.contexts] == [3, 1, 2, 5, 4, 4, 1, 2]
     assert [i for i, c in enumerate(run.rewards.contexts) if c["truncated"]] == [3, 4]
@@ -229,7 +239,7 @@ def test_a_failed_reward_takes_its_group_out():
     run = make_run()
     run.rewards.raising = ("10",)
     run.advantage = lambda reward_BG: reward_BG - 0.5  # one that does not give 0 where rewards are equal
-    metrics, rows = loop.step(run, 0)
+    metrics, rows, _ = loop.step(run, 0)
     given = torch.cat([x.advantage_N for x in run.objective.seen]).tolist()
     assert given == [-0.5, 0.5, 0, 0, -0.5, 0.5, -0.5, 0.5] == [r["advantage"] for r in rows]
     assert metrics["rewards/failed"] == 2 and metrics["rewards/second/mean"] == pytest.approx(4 / 7)
@@ -237,32 +247,32 @@ def test_a_failed_reward_takes_its_group_out():
 
 def test_completions_of_other_weights_are_refused():
     run = make_run()
-    run.rollout.version = 7
+    run.rollout.version = 7  # the run holds version 0
     with pytest.raises(RuntimeError, match=r"version \{7\}, expected 0"):
         loop.step(run, 0)
 
 
 def test_an_unreadable_clip_is_replaced_and_ranks_share_the_step():
     run = make_run(unreadable=("1", "8"))
-    questions, prompts = loop.load_questions(run, 0)
+    questions, prompts = load_questions(run, 0)
     assert [q.id for q in questions] == [p.id for p in prompts] == ["0", "2", "3", "4"]
     assert run.quarantined == {"1": "silent"}
-    assert [q.id for q in loop.load_questions(make_run(rank=1), 0)[0]] == ["4", "5", "6", "7"]
+    assert [q.id for q in load_questions(make_run(rank=1), 0)[0]] == ["4", "5", "6", "7"]
 
 
 def test_the_loss_is_the_sum_of_the_shares():
     run = make_run()
-    metrics, _ = loop.step(run, 0)
+    metrics, *_ = loop.step(run, 0)
     shares = [Objective.__call__(run.objective, x).loss.item() for x in run.objective.seen]
     assert metrics["loss"] == pytest.approx(2 * sum(shares)) and min(shares) > 0  # two micro-batches on two ranks
 
 
 def test_token_metrics_are_those_of_the_first_update():
     # log-probs are -0.1 (token id 0) to -0.6 (id 5), the sampler's are -0.25: gaps from -0.35 to 0.15
-    metrics, _ = loop.step(make_run(), 0)
+    metrics, *_ = loop.step(make_run(), 0)
     name = "sampling/importance_sampling_ratio"
     assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(0.35)
     assert metrics[f"{name}/min"] == pytest.approx(exp(-0.35)) and metrics[f"{name}/max"] == pytest.approx(exp(0.15))
     assert metrics["entropy"] == 0.5 and metrics["ratio/max"] == metrics["ratio/min"] == 1
-    more, _ = loop.step(make_run(updates=2), 0)
+    more, *_ = loop.step(make_run(updates=2), 0)
     assert {k: v for k, v in more.items() if k != "grad_norm"} == {k: v for k, v in metrics.items() if k != "grad_norm"}
