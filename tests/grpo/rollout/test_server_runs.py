@@ -65,7 +65,7 @@ def test_its_server_killed_at_random_moments_it_is_the_same_run(work, calm):
     assert killed == KILLS, f"the run ended after {killed} kills"
     print(f"{killed} kills, {len(calm) - 1} steps")
     for mine, theirs in zip(timeless(lines(work, "killed")), timeless(calm), strict=True):
-        # A server rounds by what else it has in hand: the last bits of its log-probs depend on timing, its tokens do not.
+        # A server rounds by what else it has in hand: timing moves the last bits of its log-probs, not its tokens.
         rounded = {key for key in theirs if key.startswith(("sampling/", "sync/probe_error"))}
         assert {k: v for k, v in mine.items() if k not in rounded} == {
             k: v for k, v in theirs.items() if k not in rounded
