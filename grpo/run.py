@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from data.sampler import Sampler
@@ -101,6 +102,8 @@ class Run:
             attention=cfg.model.attention, zero3=zero if cfg.engine.stage == 3 else None,
         )  # fmt: skip
         self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
+        if hasattr(get_object(cfg.rollout._target_), "every_rank"):  # an engine with weights of its own takes a while
+            display.say("starting the rollout engine ...")
         self.rollout = build(engine_keys(cfg.rollout), "rollout", policy=self.policy)
         self.sync = build(cfg.sync, "sync", policy=self.policy, engine=self.engine, rollout=self.rollout)
         self.rollouts = Rollouts(self, s.rollout_lag)
@@ -156,6 +159,7 @@ class Run:
             f"{s.updates} update(s); old = {'detach(new)' if s.updates == 1 else 'the first update of the rollout'}\n"
             f"policy    {self.cfg.model.name}, {trained:,} LoRA weights on {len(self.engine.trainable) // 2} modules, "
             f"{self.cfg.model.dtype}, ZeRO-{self.engine.stage}, {self.world} rank(s)\n"
+            f"rollout   {_module(self.rollout)}, weights by {_module(self.sync)}, lag {s.rollout_lag}\n"
             f"data      {len(self.dataset.train)} training and {len(self.dataset.eval)} held-out questions, "
             f"{len(self.dataset.problems)} left out, audio: {self.cfg.data.audio}, "
             f"fingerprint {self.dataset.fingerprint}"
@@ -285,6 +289,12 @@ class Run:
             reward = [r["reward"] for r in map(json.loads, rows) if "reward" in r] or [float("nan")]
             summary |= {"reward/first": float(np.mean(reward[:10])), "reward/last": float(np.mean(reward[-10:]))}
         return summary
+
+
+def _module(part) -> str:
+    """`vllm` of grpo.rollout.vllm, `shared` of a class in a package itself."""
+    package, _, module = type(part).__module__.rpartition(".")
+    return type(part).__name__.lower() if package == "grpo" else module
 
 
 def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, display: Display) -> str:

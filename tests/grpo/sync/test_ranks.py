@@ -89,18 +89,10 @@ def test_two_ranks_of_a_run(work, straight):
             assert a[key] == pytest.approx(b[key], **close), (a["step"], key)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["rollout=vllm", "sync=shared"], "sync=delta"),
-        (["sync=delta"], "rollout=vllm"),
-        (["rollout=vllm", "rollout.top_p=0.9"], "biased_sampling=true"),
-    ],
-)
-def test_mistakes_are_one_line(work, overrides, words):
-    done = train(work, *overrides, ok=False, base=SMALL)
+def test_a_pair_that_does_not_fit_is_one_line(work):
+    done = train(work, "sync=delta", ok=False, base=SMALL)
     text = done.stdout + done.stderr
-    assert words in text and "error:" in text and "Traceback" not in text, text
+    assert "rollout=vllm" in text and "error:" in text and "Traceback" not in text, text
 
 
 def test_with_lag_it_is_repeatable_and_resumes_with_what_waited(work):
