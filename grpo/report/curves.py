@@ -1,15 +1,9 @@
-"""curves.png and the closing lines of a run, from its metrics.jsonl alone: `python -m grpo.report RUN`."""
+"""curves.png and the closing lines of a run, from its metrics.jsonl alone."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -22,6 +16,11 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def curves(folder: Path) -> Path:
     """Draw accuracy, reward parts, length, KL and entropy against the step into curves.png."""
+    import matplotlib  # 0.5 s that whoever only reads a report does without
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     rows = read_metrics(folder)
     summary = Path(folder) / "summary.json"
     summary = json.loads(summary.read_text()) if summary.exists() else {}
@@ -68,9 +67,3 @@ def closing_lines(summary: dict, folder: Path) -> str:
         f"cost      {summary['seconds']:.0f} s, peak memory {gib:.2f} GiB\n"
         f"written   {folder}: metrics.jsonl samples.jsonl summary.json curves.png checkpoints/"
     )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw curves.png of a run from its metrics.jsonl.")
-    parser.add_argument("run", type=Path, help="a run folder, such as outputs/2026-01-31_12-00-00")
-    print(curves(parser.parse_args().run))
