@@ -47,19 +47,25 @@ class Group:
 class LossInputs:
     """All that a loss may see, for one micro-batch.
 
-    Entries where `mask_NT` is False are zero and must not matter. `n_tokens` and `n_sequences` are counted once per
-    optimizer step, over all micro-batches and ranks, so that splitting a step changes nothing.
+    Entries where `mask_NT` is False must not matter (`Objective` sets them to zero first). `n_tokens` and `n_sequences`
+    are counted once per optimizer step, over all micro-batches and ranks, so that splitting a step changes nothing.
+    Rows come question by question, `group_size` completions each, and a question is never split.
+
+    The fields with a default are read by few losses; one that needs a field nobody filled says so.
     """
 
     logp_NT: Tensor  # current policy, with gradient
     old_logp_NT: Tensor  # policy at the first update of this rollout
     sampler_logp_NT: Tensor  # what the rollout engine sampled from
     ref_logp_NT: Tensor | None  # reference policy; None when no term needs it
-    entropy_NT: Tensor  # of the current policy's next-token distribution, nats
+    entropy_NT: Tensor  # of the current policy's next-token distribution, nats; with gradient only when asked for
     advantage_N: Tensor
     mask_NT: Tensor  # bool; includes the stop token, excludes all after it
     n_tokens: float
     n_sequences: float
+    group_size: int | None = None  # G, for aggregate.group_mean
+    n_micro_batches: float | None = None  # of the whole step over all ranks, for aggregate.bnpo only
+    entropy_cut: float | None = None  # nats: quantile of the step's entropies, for weight.high_entropy only
 
 
 @dataclass(frozen=True)
