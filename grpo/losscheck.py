@@ -261,7 +261,7 @@ CHECKS = (
     Check("gradients", gradients, "backward is not the derivative of forward (a hand-written backward? a jump?)"),
     Check("micro-batches", micro_batches, "results depend on memory settings: divide by x.n_tokens or x.n_sequences"),
     Check("order", order, "completions influence each other by their place in the batch"),
-    Check("direction", direction, "it unlearns, or learns nothing: check the sign (surrogates are maximised) and .detach()"),
+    Check("direction", direction, "it unlearns, or learns nothing: check its sign (it is maximised) and .detach()"),
     Check("stillness", stillness, "it moves the policy where there is nothing to learn"),
     Check("reference", reference, "the KL term pushes the policy away from the reference, or nowhere: check its sign"),
     Check("bandit", bandit, "it did not learn in a game in which GRPO learns within a second"),
