@@ -1,4 +1,4 @@
-"""`python -m grpo.report RUNS... [--out DIR] [--baseline NAME]`: report.html, report.md, report.csv; also while they go."""
+"""`python -m grpo.report RUNS... [--out DIR] [--baseline NAME]`: report.html, .md and .csv, also while the runs go."""
 
 from __future__ import annotations
 

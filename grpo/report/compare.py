@@ -78,27 +78,25 @@ def columns(runs: Sequence[RunData]) -> list[str]:
 def settings(runs: Sequence[RunData], keys: Sequence[str]) -> list[Setting]:
     """Runs grouped by their values of `keys` without the seed, in order of appearance. Runs that logged nothing are
     left out: they are listed as failed, not averaged."""
-    keys = [k for k in keys if k != SEED]
+    seeds, keys = SEED in keys, [k for k in keys if k != SEED]
     groups: dict[tuple[str, ...], list[RunData]] = {}
     for run in runs:
         if run.rows:
-            # Without overrides to tell runs apart, each stands for itself.
+            # Where nothing tells runs apart, not even a seed, each stands for itself.
             values = tuple(run.value(k) for k in keys)
-            groups.setdefault(values if keys or _only_seeds_differ(runs) else (run.name,), []).append(run)
-    return [
-        Setting(", ".join(f"{k}={v}" for k, v in zip(keys, v, strict=True)) if keys else (v[0] if v else "all runs"),
-                v if keys else (), tuple(members))
-        for v, members in groups.items()
-    ]  # fmt: skip
+            groups.setdefault(values if keys or seeds else (run.name,), []).append(run)
+    labels = {v: ", ".join(f"{k}={x}" for k, x in zip(keys, v, strict=True)) if keys else (*v, "all runs")[0]
+              for v in groups}  # fmt: skip
+    return [Setting(labels[v], v if keys else (), tuple(members)) for v, members in groups.items()]
 
 
 def find_baseline(groups: Sequence[Setting], name: str | None) -> Setting | None:
-    """The setting called `name`: its label, one of its `key=value`s or values, or a run's name. The first one without
-    a name. Raises ValueError when the name fits none or several."""
+    """The setting called `name`: its label, one of its `key=value`s or values, or a run's name. Without a
+    name plain GRPO where it is among them, else the first. Raises ValueError when the name fits none or several."""
     if not groups:
         return None
     if name is None:
-        return groups[0]
+        return next((g for g in groups if "grpo" in g.values), groups[0])
     exact = [g for g in groups if name == g.label or name in [r.name for r in g.runs]]
     loose = [g for g in groups if name in g.values or name in g.label.split(", ")]
     found = exact or loose
@@ -194,10 +192,6 @@ def _end(run: RunData, name: str) -> float | None:
 
 def _by_seed(group: Setting) -> Mapping[str, RunData]:
     return {r.value(SEED): r for r in reversed(group.runs) if r.value(SEED)}  # of a repeated seed the first run
-
-
-def _only_seeds_differ(runs: Sequence[RunData]) -> bool:
-    return bool(runs) and len({r.value(SEED) for r in runs if r.rows}) == sum(1 for r in runs if r.rows)
 
 
 def _is_setting(key: str) -> bool:

@@ -92,27 +92,29 @@
   const texts = (values) => values.map((v) => ({v, c: v === "" ? "–" : v}));
   const heads = (columns) => columns.map((name) => ({name, text: true}));
   const figureHeads = D.figures.map((m) => ({name: short(m), title: m}));
+  const averaged = D.figures.filter((m) => !["steps", "accuracy/best_step"].includes(m));  // nobody asks for their mean
 
   if (D.settings.length) {
     const columns = D.columns.filter((c) => c !== "seed");
     const label = columns.length ? heads(columns) : [{name: "setting", text: true}];
     section("settings", "Settings",
       h("p", {class: "sub"}, D.settingsNote),
-      table([{name: ""}, ...label, {name: "seeds"}, ...figureHeads], D.settings.map((s, i) => [
+      table([{name: ""}, ...label, {name: "seeds"}, ...averaged.map((m) => ({name: short(m), title: m}))], D.settings.map((s, i) => [
         {v: i, c: swatch(i)}, ...texts(columns.length ? s.values : [s.label]), {v: s.runs.length, c: s.state ? `${s.runs.length} (${s.state})` : s.runs.length},
-        ...D.figures.map((m) => {
+        ...averaged.map((m) => {
           const e = s.estimates[m];
           return e ? {v: e[0], c: h("span", {}, num(e[0]), e[1] == null ? "" : h("span", {class: "half"}, " ± " + num(e[1])))} : {v: null, c: "–"};
         })])));
   }
   if (D.paired.length) {
     const reach = Math.max(...D.paired.map((p) => Math.min(Math.abs(p.mean) + (p.half || 0), 3 * Math.abs(p.mean) + 0.2)), 0.01);
-    const plot = (p) => {
-      const x = (v) => 100 + 95 * Math.max(-1.04, Math.min(1.04, v / reach));
+    const plot = (p) => {  // an interval that goes on beyond the scale ends in an arrow
+      const x = (v) => 100 + 92 * Math.max(-1, Math.min(1, v / reach)), low = p.mean - p.half, high = p.mean + p.half;
       return h("svg", {viewBox: "0 0 200 16", width: 200, height: 16, role: "img", "aria-label": "interval"},
-        h("line", {class: "grid", x1: 100, x2: 100, y1: 0, y2: 16}),
-        p.half != null && h("line", {class: "axis", x1: x(p.mean - p.half), x2: x(p.mean + p.half), y1: 8, y2: 8}),
-        h("circle", {cx: x(p.mean), cy: 8, r: 3.2, fill: colour(p.setting)}));
+        h("line", {class: "axis", x1: 100, x2: 100, y1: 1, y2: 15, opacity: 0.45}),
+        p.half != null && [h("line", {class: "axis", x1: x(low), x2: x(high), y1: 8, y2: 8}),
+          low < -reach && h("path", {class: "arrow", d: "M8 4.5L2 8L8 11.5Z"}), high > reach && h("path", {class: "arrow", d: "M192 4.5L198 8L192 11.5Z"})],
+        h("circle", {cx: x(p.mean), cy: 8, r: 3.4, fill: colour(p.setting)}));
     };
     section("paired", "Against the baseline",
       h("p", {class: "sub"}, D.pairedNote),
@@ -162,7 +164,7 @@
     const most = ys[Math.floor(0.985 * (ys.length - 1))];
     if (low >= 0 && most > 0 && high > 4 * most) { note = `peak ${num(high)}`; high = 1.25 * most; }
     if (metric === "accuracy/heldout" && D.chance != null) { low = Math.min(low, D.chance); high = Math.max(high, D.chance); }
-    if (high - low < 1e-12) { const pad = Math.abs(high) * 0.05 || 0.05; low -= pad; high += pad; }
+    if (high - low < 1e-12) { const pad = Math.abs(high) * 0.05 || 0.05; low -= low === 0 ? 0 : pad; high += pad; }
     const room = 0.06 * (high - low);
     if (low !== 0) low -= room;
     high += room;
@@ -292,7 +294,7 @@
       state.at = 0;
       count.textContent = `${shown.length} of ${D.groups.length} questions`;
       list.replaceChildren(...shown.map((g, i) => h("button", {type: "button", "aria-pressed": String(i === 0), onclick: () => pick(i)},
-        h("span", {class: "sub"}, `step ${g.step} · ${g.why.join(", ")}`, used.length > 1 ? ` · ${D.runs[g.run].name}` : ""), h("span", {class: "q"}, g.question.slice(0, 300) || "(no question)"), dots(g))));
+        h("span", {class: "sub"}, `step ${g.step} · ${g.why.join(", ")}`, used.length > 1 ? ` · ${D.runs[g.run].label || D.runs[g.run].name}` : ""), h("span", {class: "q"}, g.question.slice(0, 300) || "(no question)"), dots(g))));
       if (!shown.length) list.append(h("div", {class: "empty"}, D.groups.length ? "Nothing fits these filters." : "No samples."));
       draw();
     }
@@ -312,7 +314,7 @@
       const g = shown[state.at];
       if (!g) return detail.replaceChildren();
       const given = answers(g), run = D.runs[g.run];
-      detail.replaceChildren(
+      detail.replaceChildren(h("div", {},
         h("div", {class: "sub"}, `${run.name}${run.label ? ` (${run.label})` : ""} · step ${g.step} · ${g.id} · ${g.why.join(", ")}`),
         h("div", {class: "question"}, g.question || "(no question)"),
         g.clip != null ? h("audio", {controls: true, preload: "metadata", src: "data:audio/flac;base64," + D.clips[g.clip]}) : null,
@@ -329,7 +331,7 @@
             h("span", {}, "advantage ", h("b", {}, r.advantage == null ? "–" : signed(r.advantage))),
             h("span", {}, r.tokens == null ? "" : `${num(r.tokens)} tokens`),
             r.truncated && h("span", {class: "no"}, "cut by the length limit")),
-          completion(r, state.by))));
+          completion(r, state.by)))));
     }
     const select = (label, key, values) => h("label", {}, label, h("select", {"aria-label": label, onchange: (e) => { state[key] = e.target.value; filter(); }}, h("option", {value: ""}, "all"), values.map(([v, t]) => h("option", {value: v}, t))));
     const recorded = D.groups.some((g) => g.rows.some((r) => r.figures));

@@ -1,4 +1,4 @@
-"""The report as one HTML file that works offline from file://: template, style and script are the files beside this one.
+"""The report as one HTML file that works offline from file://: template, style and script lie beside this file.
 
 Everything from a run travels as JSON inside a <script type="application/json">, with <, > and & written as escapes, and
 reaches the page as text nodes only. The Content-Security-Policy allows this page's own style and script, by their

@@ -1,4 +1,4 @@
-"""Run folders as they are found. Nothing here raises for what a folder holds: a report of fifty runs must not fail for one.
+"""Run folders as they are found. Nothing here raises for what one holds: a report of fifty runs must not fail for one.
 
 Everything in a run folder is untrusted: numbers that are none are dropped, text stays text, YAML is read as plain data.
 """

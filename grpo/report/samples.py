@@ -113,8 +113,8 @@ def choose_steps(run: RunData) -> dict[int, list[str]]:
 
 
 def choose(run: RunData, budget: Budget, share: int) -> tuple[list[dict], dict]:
-    """At most `share` groups of a run as plain data for the page, and what was read: lines parsed, groups taken, about how
-    many there are, and a problem in words or None."""
+    """At most `share` groups of a run as plain data for the page, and what was read: lines parsed, groups taken, about
+    how many there are, and a problem in words or None."""
     path = run.folder / "samples.jsonl"
     seen: dict = {"lines": 0, "groups": 0, "about": 0, "problem": None}
     if not path.is_file():

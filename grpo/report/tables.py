@@ -49,8 +49,10 @@ def as_markdown(runs: Sequence[RunData], columns: Sequence[str], groups: Sequenc
         rows = [[_text(p.label), _name(p.metric), f"{p.difference.mean:+.4g}", _interval(p.difference),
                  str(p.difference.n)] for p in pairs]  # fmt: skip
         parts += [*_table(["setting", "figure", "difference", "95 % interval", "n"], rows), ""]
-    rows = [[_text(r.name), r.state, *(_text(r.value(c)) for c in columns), *(_number(figures(r).get(n)) for n in names)]
-            for r in runs]  # fmt: skip
+    rows = [
+        [_text(r.name), r.state, *(_text(r.value(c)) for c in columns), *(_number(figures(r).get(n)) for n in names)]
+        for r in runs
+    ]
     parts += ["## Runs", "", *_table(["run", "state", *map(_text, columns), *map(_name, names)], rows), ""]
     return "\n".join(parts)
 
