@@ -12,7 +12,7 @@ CHOICES = ["dog", "rain", "bell", "train"]
 
 
 def healthy(step: int, steps: int, seed: int = 0) -> dict:
-    """One row of metrics like those of the main job: accuracy 0.22 to 0.9, and with it fewer live groups, less entropy."""
+    """One row of metrics like those of the main job: accuracy 0.22 to 0.9, and fewer live groups, less entropy."""
     rng = np.random.default_rng(1000 * seed + step)
     done = 1 / (1 + math.exp(-8 * (step / steps - 0.4)))
     right = min(1.0, 0.22 + 0.68 * done + 0.03 * rng.standard_normal())
@@ -42,9 +42,9 @@ def group(step: int, n: int = 4, *, name: str = "q", right: int = 2, **changes) 
     for g in range(n):
         answer = "bell" if g < right else CHOICES[(g + step) % 2]
         rows.append({
-            "step": step, "id": f"{name}-{step}", "question": "Which sound is this?", "choices": CHOICES, "gold": "bell",
-            "sample": g, "completion": f"<think>a ring</think>\n<semantic_elements>bell tower</semantic_elements>\n"
-            f"<answer>{answer}</answer>", "truncated": False, "tokens": 20 + g,
+            "step": step, "id": f"{name}-{step}", "question": "Which sound is this?", "choices": CHOICES,
+            "gold": "bell", "sample": g, "completion": "<think>a ring</think>\n<semantic_elements>bell tower"
+            f"</semantic_elements>\n<answer>{answer}</answer>", "truncated": False, "tokens": 20 + g,
             "rewards": {"accuracy": float(g < right), "format": 1.0, "length": 1.0}, "reward": 1.5 + (g < right),
             "advantage": 0.7 if g < right else -0.7, "clip_sha256": "0" * 64, "version": step,
         } | changes)  # fmt: skip
