@@ -30,7 +30,7 @@ def report(tmp_path_factory):
     texts = [["<think>", "a ring", "</think>", "<answer>", "bell", "</answer>"]] * 12
     record(folder, 60, texts, old_logp_NT=old, logp_NT=old + np.float32(np.log(1.25)), ref_logp_NT=old)
     evil_run(root / "s" / "<b>evil&")
-    build([root / "s"], root / "out", baseline="grpo")
+    build([root / "s"], root / "out", baseline="loss=grpo,seed=0")
     return root / "out" / "report.html"
 
 
