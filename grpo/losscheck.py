@@ -31,7 +31,7 @@ TWO_DIMENSIONAL = ("logp_NT", "old_logp_NT", "sampler_logp_NT", "ref_logp_NT", "
 
 def made_up(loss: Loss, seed: int = 0, *, questions: int = 4, group: int = 3, width: int = 7, spread: float = 0.3,
             dtype=torch.float64, on_policy: bool = False) -> LossInputs:  # fmt: skip
-    """One optimizer step of random numbers, N = questions x group rows of 0 to `width` tokens, some without any.
+    """One optimizer step of random numbers, N = questions x group rows of 0 to `width` tokens.
 
     `spread` is the std of the differences between the four kinds of log-probability; `on_policy` makes them all equal.
     """
@@ -42,7 +42,8 @@ def made_up(loss: Loss, seed: int = 0, *, questions: int = 4, group: int = 3, wi
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     lengths = torch.randint(0, width + 1, (n,), generator=generator)
-    lengths[0], lengths[1] = width, min(1, width)
+    lengths[0] = width
+    lengths[1::5] = 0
     mask_NT = torch.arange(width)[None] < lengths[:, None]
     logp_NT = -2 - normal(n, width).abs()
     old, sampler, ref = (logp_NT.clone() if on_policy else logp_NT + spread * normal(n, width) for _ in range(3))
