@@ -64,7 +64,8 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     if n == 1:
         return Estimate(mean, None, 1)
     variance = math.fsum((v - mean) ** 2 for v in known) / (n - 1)
-    return Estimate(mean, t_quantile(n - 1) * math.sqrt(variance / n), n)
+    half = t_quantile(n - 1) * math.sqrt(variance / n)
+    return Estimate(mean, half if half > 1e-12 * abs(mean) else 0.0, n)  # below that it is rounding
 
 
 def columns(runs: Sequence[RunData]) -> list[str]:
@@ -85,9 +86,9 @@ def settings(runs: Sequence[RunData], keys: Sequence[str]) -> list[Setting]:
             # Where nothing tells runs apart, not even a seed, each stands for itself.
             values = tuple(run.value(k) for k in keys)
             groups.setdefault(values if keys or seeds else (run.name,), []).append(run)
-    labels = {v: ", ".join(f"{k}={x}" for k, x in zip(keys, v, strict=True)) if keys else (*v, "all runs")[0]
-              for v in groups}  # fmt: skip
-    return [Setting(labels[v], v if keys else (), tuple(members)) for v, members in groups.items()]
+    if not keys:
+        return [Setting((*v, "all runs")[0], (), tuple(members)) for v, members in groups.items()]
+    return [Setting(_label(keys, v), v, tuple(members)) for v, members in groups.items()]
 
 
 def find_baseline(groups: Sequence[Setting], name: str | None) -> Setting | None:
@@ -188,6 +189,10 @@ def _end(run: RunData, name: str) -> float | None:
     points = run.series(name)
     last = points[-max(1, min(LAST, len(points) // 4)) :]
     return math.fsum(v for _, v in last) / len(last) if last else None
+
+
+def _label(keys: Sequence[str], values: Sequence[str]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in zip(keys, values, strict=True) if v) or "defaults"
 
 
 def _by_seed(group: Setting) -> Mapping[str, RunData]:

@@ -105,17 +105,17 @@ def test_a_killed_job_is_one_failed_job(work):
 
 @pytest.mark.slow
 def test_mistakes_of_a_multirun_start_nothing(work):
-    words = ["hydra/launcher=local", "name=x", "seed=0"]
-    assert sweep(work, *words).returncode == 0 and ran(work) == ["a0"]
+    words = ["hydra/launcher=local", "hydra.launcher.jobs=2", "name=x", "seed=0,1"]
+    assert sweep(work, *words).returncode == 0 and ran(work) == ["a0", "a1"]
     taken = sweep(work, *words)
     assert taken.returncode == 1 and "already holds a multirun" in taken.stderr
     nothing = sweep(work, "name=nowhere", "resume=true", "seed=0")
     assert nothing.returncode == 1 and "there is no multirun/nowhere" in nothing.stderr
-    other = sweep(work, *words, "lr=2.0", "resume=true")  # the finished run is of another learning rate
-    assert other.returncode == 1 and "lr differ" in other.stdout
-    newest = sweep(work, "seed=0,1", "hydra/launcher=local", "resume=true")  # without a name: the newest
-    assert newest.returncode == 0 and ran(work) == ["a0", "a1"]
-    assert (work / "multirun" / "x" / "seed=1" / "summary.json").exists()
+    other = sweep(work, *words, "lr=2.0", "resume=true")  # the finished runs are of another learning rate
+    assert other.returncode == 1 and "lr differ" in other.stdout and not (work / "ran.txt").exists()
+    newest = sweep(work, "hydra/launcher=local", "seed=0,1,2", "resume=true")  # without a name: the newest
+    assert newest.returncode == 0 and ran(work) == ["a2"], newest.stdout
+    assert (work / "multirun" / "x" / "seed=2" / "summary.json").exists()
 
 
 # ---------------------------------------------------------------- parts

@@ -89,7 +89,7 @@ class Page:
     def open(self, path: Path) -> None:
         """Open a file from file:// and wait until the page says that it is drawn."""
         self.call("Page.navigate", url=path.resolve().as_uri())
-        self.until("document.documentElement.dataset.ready === 'true'")
+        self.until("document.documentElement?.dataset.ready === 'true'")
 
     def js(self, expression: str):
         """Value of an expression; a promise is awaited."""

@@ -62,12 +62,14 @@ def count(page, selector):
 
 
 def test_tables_sort_by_a_click(page):
-    rows = "[...document.querySelectorAll('#settings tbody tr')].map(r => r.cells[1].textContent)"
-    assert len(page.js(rows)) == 4
-    page.click("#settings th:nth-child(2)")
-    assert page.js(rows) == sorted(page.js(rows), reverse=True)
-    page.click("#settings th:nth-child(2)")
-    assert page.js(rows) == sorted(page.js(rows))
+    heads = page.js("[...document.querySelectorAll('#settings th')].map(h => h.textContent)")
+    at = heads.index("loss")
+    rows = f"[...document.querySelectorAll('#settings tbody tr')].map(r => r.cells[{at}].textContent)"
+    assert sorted(page.js(rows)) == ["dapo", "grpo", "grpo", "mine"]
+    page.click(f"#settings th:nth-child({at + 1})")
+    assert page.js(rows) == ["mine", "grpo", "grpo", "dapo"]
+    page.click(f"#settings th:nth-child({at + 1})")
+    assert page.js(rows) == ["dapo", "grpo", "grpo", "mine"]
     assert "+0.060" in page.js("document.getElementById('paired').textContent")
 
 
