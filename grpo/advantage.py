@@ -115,7 +115,12 @@ def opo(reward_BG: Tensor, *, tokens_BG: Tensor) -> Tensor:
     return (reward_BG - baseline_B1).masked_fill(_equal(reward_BG) | (total_B1 == 0), 0.0)
 
 
-@formula("A = (1 - pass@{k}) / σ if right, (1 - pass@{k} - C(G-c-1,{k}-1)/C(G-1,{k}-1)) / σ if wrong; c right of G")
+def _pass_at_k_formula(*, k: int, **_) -> str:
+    alone = f"C(G-c-1,{k - 1})/C(G-1,{k - 1})"
+    return f"A = (1 - pass@{k}) / σ if right, (1 - pass@{k} - {alone}) / σ if wrong; c right of G"
+
+
+@formula(_pass_at_k_formula)
 def pass_at_k(reward_BG: Tensor, *, component_BGR: Tensor, k: int = 4, component: int | None = 0,
               threshold: float = 0.5, eps: float = 1e-6) -> Tensor:  # fmt: skip
     """Advantage when every k of the G completions are scored by their best. Pass@k Training (arXiv 2508.10751).

@@ -123,11 +123,14 @@ def purity(loss: Loss) -> str:
 def masks(loss: Loss) -> str:
     x = made_up(loss, 2)
     expected, value = gradient(loss, x)
-    for garbage in (-37.0, 3.0):
-        spoiled = {k: getattr(x, k).masked_fill(~x.mask_NT, garbage) for k in TWO_DIMENSIONAL[:-1]}
-        got, other = gradient(loss, replace(x, **spoiled))
+    generator = torch.Generator().manual_seed(2)
+    for size in (1.0, 10.0):
+        garbage = {k: -size * torch.rand(x.mask_NT.shape, generator=generator).double() for k in TWO_DIMENSIONAL[:-1]}
+        got, other = gradient(
+            loss, replace(x, **{k: torch.where(x.mask_NT, getattr(x, k), garbage[k]) for k in garbage})
+        )
         if not _close(torch.tensor(other), torch.tensor(value)) or not _close(got, expected):
-            raise Failed(f"{garbage} at masked positions changes the loss from {value:.6g} to {other:.6g} "
+            raise Failed(f"other numbers at masked positions change the loss from {value:.6g} to {other:.6g} "
                          f"and its gradient by {_gap(got, expected):.2g}")  # fmt: skip
     return "garbage outside the mask has no effect"
 
@@ -461,8 +464,10 @@ def main() -> None:
             own[match[1]] = match[2]
         else:
             rest.append(word)
-    # No run folder: this command leaves the picture behind and nothing else.
-    sys.argv[1:] = [*rest, "hydra.run.dir=.", "hydra.output_subdir=null"]
+    # No run folder: this command leaves the picture behind and nothing else. Overrides first: argparse takes them from
+    # one place only.
+    rest.sort(key=lambda word: word.startswith("-") or not ("=" in word or word.startswith("~")))
+    sys.argv[1:] = ["hydra.run.dir=.", "hydra.output_subdir=null", *rest]
 
     @hydra.main(config_path="pkg://conf", config_name="train", version_base="1.3")
     def run(cfg) -> None:

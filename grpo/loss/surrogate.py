@@ -98,8 +98,13 @@ def cispo(x: LossInputs, ratio_NT: Tensor, *, bound_low: float = 0.0, bound_high
 def sapo(x: LossInputs, ratio_NT: Tensor, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
     """J = (4/τ)·σ(τ(ρ-1))·A: a soft gate in place of the clip; its slope is 1 at ρ = 1. SAPO (arXiv 2511.20347)."""
     advantage_N1 = x.advantage_N[:, None]
-    tau_N1 = torch.where(advantage_N1 > 0, tau_pos, tau_neg)
+    tau_N1 = _by_sign(advantage_N1 > 0, tau_pos, tau_neg, advantage_N1)
     return torch.sigmoid(tau_N1 * (ratio_NT - 1)) * 4 / tau_N1 * advantage_N1
+
+
+def _by_sign(good_N1: Tensor, one: float, other: float, like: Tensor) -> Tensor:
+    # torch.where of two Python numbers would be float32, whatever the log-probs are.
+    return torch.full_like(like, other).masked_fill(good_N1, one)
 
 
 def vespo_weight(x: LossInputs, *, power_pos: float, decay_pos: float, power_neg: float, decay_neg: float,
@@ -108,8 +113,8 @@ def vespo_weight(x: LossInputs, *, power_pos: float, decay_pos: float, power_neg
     gap_NT = torch.where(x.mask_NT, x.logp_NT - x.old_logp_NT, 0.0).detach().clamp(-limit, limit)
     log_w_N1 = gap_NT.sum(-1, keepdim=True).clamp(math.log(1e-8), limit)
     good_N1 = x.advantage_N[:, None] >= 0
-    power_N1 = torch.where(good_N1, power_pos, power_neg)
-    decay_N1 = torch.where(good_N1, decay_pos, decay_neg)
+    power_N1 = _by_sign(good_N1, power_pos, power_neg, log_w_N1)
+    decay_N1 = _by_sign(good_N1, decay_pos, decay_neg, log_w_N1)
     return (power_N1 * log_w_N1 + decay_N1 * (1 - log_w_N1.exp())).exp()
 
 
