@@ -9,7 +9,7 @@ called, later batches do not start, and a job that is killed takes the sweep wit
     todo            what is left of a job: nothing, the steps after its checkpoint, or all
 
 A multirun's folder is multirun/NAME with name=NAME, the newest with resume=true, else the time of day; a job's folder
-is named after what is swept (`loss=dapo,seed=1`), so that a longer list of seeds finds the runs that are there.
+is named after what is swept, and the seed (`loss=dapo,seed=1`), so that a longer list finds the runs that are there.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Multirun(Callback):
         swept = [o.key_or_group for o in given if o.is_sweep_override()]
         if swept and "hydra.sweep.subdir" not in asked:
             new["hydra.sweep.subdir"] = "${hydra.job.override_dirname}"
-            rest = ",".join(_quoted(k) for k in plain)
+            rest = ",".join(_quoted(k) for k in plain if k != "seed")  # a single seed may become several
             new["hydra.job.config.override_dirname.exclude_keys"] = f"[{rest}]"
         with read_write(config), open_dict(config):  # `overrides.hydra` is what every job is composed with
             config.hydra.overrides.hydra.extend([f"{k}={v}" for k, v in new.items()])

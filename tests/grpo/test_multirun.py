@@ -79,7 +79,7 @@ def ran(work):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "local"])
 def test_a_failed_job_stops_no_other_and_the_next_time_only_it_runs(work, launcher):
-    words = [f"hydra/launcher={launcher}", "name=x", "loss=a,b", "seed=0,1"]
+    words = [f"hydra/launcher={launcher}", "name=x", "lr=1.0", "loss=a,b", "seed=0,1"]
     first = sweep(work, *words, BOOM="1")
     folder = work / "multirun" / "x"
     assert first.returncode == 1 and ran(work) == ["a0", "a1", "b0", "b1"]
@@ -93,6 +93,8 @@ def test_a_failed_job_stops_no_other_and_the_next_time_only_it_runs(work, launch
 
     longer = sweep(work, *words[:-1], "seed=0,1,2", "resume=true")  # more seeds find the runs that are there
     assert longer.returncode == 0 and ran(work) == ["a2", "b2"] and "6 runs" in longer.stdout
+    single = sweep(work, *words[:-1], "seed=2", "resume=true")  # a seed that is not swept stands in the name too
+    assert single.returncode == 0 and not (work / "ran.txt").exists() and "6 runs" in single.stdout
 
 
 @pytest.mark.slow
