@@ -467,7 +467,7 @@ def main() -> None:
     # No run folder: this command leaves the picture behind and nothing else. Overrides first: argparse takes them from
     # one place only.
     rest.sort(key=lambda word: word.startswith("-") or not ("=" in word or word.startswith("~")))
-    sys.argv[1:] = ["hydra.run.dir=.", "hydra.output_subdir=null", *rest]
+    sys.argv[1:] = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", *rest]
 
     @hydra.main(config_path="pkg://conf", config_name="train", version_base="1.3")
     def run(cfg) -> None:

@@ -46,6 +46,7 @@ def test_losscheck_passes_it_as_the_page_says(folder):
 
 def test_it_trains_as_the_page_says(folder):
     assert COMMANDS[1].startswith("grpo.train ")
-    out = run(folder, *COMMANDS[1].split(), "debug=one_step", "tracking=none", "name=first", "max_tokens=16")
+    program, *words = COMMANDS[1].split()
+    out = run(folder, program, "debug=one_step", "tracking=none", "name=first", "max_tokens=16", *words)
     assert "A·tanh(2·(ρ-1))/2" in out
     assert (folder / "outputs" / "first" / "summary.json").exists()
