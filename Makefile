@@ -54,7 +54,7 @@ $(STAMP): pyproject.toml requirements/cpu.txt requirements/gpu.txt launch/setup.
 	$(PYTHON) launch/setup.py --extra $(EXTRA) --venv $(VENV)
 
 train: $(STAMP) ## train; words like seed=1 are config overrides, EXPERIMENT=name, DRY=1, NPROC=2
-	$(RUN) grpo.train$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(DRY), dry_run=true)$(if $(HYDRA), $(HYDRA))$(if $(ARGS), $(ARGS))
+	$(RUN) grpo.train$(if $(ARGS), $(ARGS))$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(DRY), dry_run=true)$(if $(HYDRA), $(HYDRA))
 
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP) ## run the tests; TESTS=tests/grpo runs some

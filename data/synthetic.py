@@ -87,7 +87,8 @@ def hum(time: np.ndarray, rng: Rng) -> np.ndarray:
 
 
 def buzz(time: np.ndarray, rng: Rng) -> np.ndarray:
-    return np.sign(_tone(time, rng.uniform(500, 700), rng))
+    root = rng.uniform(500, 700)
+    return sum(_tone(time, root * k, rng) / k for k in (1, 3, 5))  # a whole square wave folds into noise at 16 kHz
 
 
 def wind(time: np.ndarray, rng: Rng) -> np.ndarray:
@@ -95,11 +96,18 @@ def wind(time: np.ndarray, rng: Rng) -> np.ndarray:
     return walk - np.linspace(walk[0], walk[-1], len(walk))
 
 
-# Option text -> sound. The first words differ, so that one token tells the options apart.
+def hiss(time: np.ndarray, rng: Rng) -> np.ndarray:
+    """A noise band some 1500 Hz wide: slow noise times a high tone."""
+    slow = np.convolve(rng.standard_normal(len(time)), np.ones(max(1, round(0.001 / time[1]))), "same")
+    return slow * _tone(time, rng.uniform(5000, 6500), rng)
+
+
+# Option text -> sound; `kinds=8` takes the first eight, which differ in timbre. The later ones differ in pitch or in
+# how they move, which takes longer to learn. The first words differ, so that one token tells the options apart.
 KINDS: dict[str, Callable] = {
-    "low tone": low_tone, "noise": noise, "clicks": clicks, "rising chirp": rising_chirp,
-    "falling chirp": falling_chirp, "warble": warble, "chord": chord, "beep in silence": beep,
-    "high tone": high_tone, "tremolo": tremolo, "hum": hum, "buzz": buzz, "wind": wind,
+    "low tone": low_tone, "noise": noise, "clicks": clicks, "warble": warble, "chord": chord, "hum": hum, "wind": wind,
+    "hiss": hiss, "buzz": buzz, "rising chirp": rising_chirp, "falling chirp": falling_chirp, "beep in silence": beep,
+    "high tone": high_tone, "tremolo": tremolo,
 }  # fmt: skip
 
 # ---- tasks: (time, gold, names, rng) -> wave [S], distractors that must be among the options, others to draw from ----
@@ -147,6 +155,8 @@ def questions(folder: str | Path, *, split: str, count: int, kinds: int | Sequen
     The folder of a split is named by a hash of the arguments and of this file; splits draw from different random
     streams. Raises ValueError for an unknown kind, task or split, or fewer kinds than options.
     """
+    if isinstance(kinds, int) and kinds > len(KINDS):
+        raise ValueError(f"data.{split}: kinds={kinds}, but there are {len(KINDS)}: {', '.join(KINDS)}")
     names = list(KINDS)[:kinds] if isinstance(kinds, int) else list(kinds)
     for what, given, known in [("kind", names, KINDS), ("task", tasks, TASKS), ("split", [split], SPLITS)]:
         if unknown := [name for name in given if name not in known]:

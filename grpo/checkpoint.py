@@ -2,7 +2,7 @@
 
 checkpoints/step-000100/adapter_config.json + adapter_model.safetensors     peft's layout
                         trainer.json                                        step, quarantined ids, best so far
-                        optimizer.pt | zero/                                grpo/engine.py
+                        trainer.safetensors                                 master weights and optimizer state
 checkpoints/best.json, last.json                                            which folder is which
 """
 
@@ -13,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 class Checkpoints:
@@ -32,9 +32,9 @@ class Checkpoints:
         with engine.gathered():
             if engine.rank == 0:
                 policy.save_adapter(temporary)
-        engine.save_state(temporary)
-        engine.gather([])
+        tensors = engine.state()
         if engine.rank == 0:
+            save_file(tensors, temporary / "trainer.safetensors")
             write_json(temporary / "trainer.json", {"step": step, **state})
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
@@ -47,14 +47,12 @@ class Checkpoints:
                     shutil.rmtree(old)
         engine.gather([])
 
-    def load(self, policy, engine) -> dict | None:
+    def load(self, engine) -> dict | None:
         """Put the last checkpoint back and return its state; None when the run has none."""
         folder = self._named("last")
         if folder is None:
             return None
-        with engine.gathered():
-            policy.load_adapter(load_file(folder / "adapter_model.safetensors"))
-        engine.load_state(folder)
+        engine.load_state(load_file(folder / "trainer.safetensors"))
         return json.loads((folder / "trainer.json").read_text())
 
     def _named(self, which: str) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -12,8 +13,12 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+from hydra import compose, initialize_config_module
+from hydra.errors import MissingConfigException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+
+import conf
 
 
 class ConfigError(ValueError):
@@ -48,6 +53,9 @@ class Settings:
                      "eval_every", "eval_batch", "checkpoint_every", "log_every", "samples_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_every', '.every')} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "encoded"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.temperature <= 0:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
         if self.generations < 2:
@@ -65,6 +73,11 @@ class Settings:
 
 def settings(cfg: DictConfig) -> Settings:
     """Read and check the short keys (`eval.every` becomes `eval_every`)."""
+    known = OmegaConf.load(Path(conf.__file__).parent / "train.yaml")
+    groups = {str(name) for entry in known.defaults if not isinstance(entry, str) for name in entry}
+    if odd := sorted(map(str, cfg.keys() - known.keys() - groups)):
+        near = difflib.get_close_matches(odd[0], [*map(str, known), *groups], n=1)
+        raise ConfigError(f"{odd[0]}: there is no such key{f'; did you mean {near[0]!r}?' if near else ''}")
     values = {}
     hints = typing.get_type_hints(Settings)
     for f in fields(Settings):
@@ -155,6 +168,8 @@ def build(node: DictConfig, key: str, **extra):
 def run_name(name: str | None, resume: bool, root: str) -> str:
     """Folder of a run under `root`: its name; without one the newest when resuming, else the time of day."""
     if name:
+        if str(name) != Path(str(name)).name or str(name) in (".", ".."):
+            raise ConfigError(f"name={name}: the name of a folder under {root}/ is wanted, without slashes")
         return str(name)
     if resume:
         runs = [p for p in Path(root).glob("*") if (p / "checkpoints" / "last.json").exists()]
@@ -162,3 +177,27 @@ def run_name(name: str | None, resume: bool, root: str) -> str:
             raise ConfigError(f"resume=true, but no run under {root}/ has a checkpoint")
         return max(runs, key=lambda p: (p / "checkpoints" / "last.json").stat().st_mtime).name
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def composition_error(error: Exception) -> str:
+    """One line for what Hydra or OmegaConf could not compose: the key or group, and what would be right."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={name}: there is no such choice; {group} can be {', '.join(sorted(error.options))}"
+    text = " ".join(str(error).split()).split(" full_key:")[0]
+    text = text.removeprefix("ConfigError raised while resolving interpolation: ")
+    if missing := re.fullmatch(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]} must be given: {missing[1]}=VALUE"
+    if key := re.search(r"Could not override '([^']+)'", text):
+        with initialize_config_module("conf", version_base="1.3"):
+            known = _keys(OmegaConf.to_container(compose("train"), resolve=False))
+        near = difflib.get_close_matches(key[1], known, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else "python -m grpo.train --help lists the keys"
+        return f"{key[1]}: there is no such key; {meant}"
+    return text
+
+
+def _keys(node, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    return [k for name, child in node.items() for k in (f"{prefix}{name}", *_keys(child, f"{prefix}{name}."))]

@@ -10,7 +10,6 @@ import math
 import os
 import socket
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
 
 import deepspeed
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, nn
 
 
@@ -36,6 +43,13 @@ def start_distributed() -> tuple[int, int]:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return dist.get_rank(), dist.get_world_size()
+
+
+def stop_distributed() -> None:
+    """Part from the other ranks once all have come here: a gloo thread alive at exit may abort its process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def zero_config(*, stage: int, micro_batches: int, clip: float, dtype: str, world: int) -> dict:
@@ -129,27 +143,71 @@ class Engine:
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
-    def gathered(self):
-        """Context in which trainable parameters are whole on every rank (a no-op below ZeRO-3)."""
-        return deepspeed.zero.GatheredParameters(list(self.trainable.values()), enabled=self.stage == 3)
+    def gathered(self, *, write: bool = False):
+        """Context in which trainable parameters are whole on every rank (a no-op below ZeRO-3).
 
-    # ---------------------------------------------------------------- optimizer state
+        With `write`, what rank 0 put into them is kept.
+        """
+        return deepspeed.zero.GatheredParameters(
+            list(self.trainable.values()), modifier_rank=0 if write else None, enabled=self.stage == 3
+        )
 
-    def save_state(self, folder: Path) -> None:
-        """Write the optimizer's state: plain tensors at stage 0, DeepSpeed's own partitions above."""
-        if self.stage:
-            self.deepspeed.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
-        elif self.rank == 0:
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+    # ---------------------------------------------------------------- trainer state
 
-    def load_state(self, folder: Path) -> None:
-        """Put the optimizer's state back. Raises FileNotFoundError if it was saved under another kind of stage."""
-        kind = "zero" if self.stage else "optimizer.pt"
-        if not (folder / kind).exists():
-            raise FileNotFoundError(
-                f"{folder} holds no {kind}: it was saved with another engine= than stage {self.stage}"
-            )
-        if self.stage:
-            self.deepspeed.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
+    def state(self) -> dict[str, Tensor]:
+        """Float32 master weights (`NAME/master`) and optimizer state (`NAME/exp_avg`, ...), whole, on the CPU.
+
+        The same at every stage and on any number of ranks; every rank must call.
+        """
+        tensors = {}
+        for name, p in self.trainable.items():
+            tensors[f"{name}/master"] = safe_get_full_fp32_param(p) if self._parts else p
+            for key, value in self.optimizer.state[self._parts[0] if self._parts else p].items():
+                whole = safe_get_full_optimizer_state(p, key) if self._parts and value.dim() else value
+                tensors[f"{name}/{key}"] = whole
+        return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave, under whatever stage and number of ranks that was.
+
+        Raises ValueError if the trainable parameters are others.
+        """
+        first = next(iter(self.trainable))
+        if odd := sorted(self.trainable.keys() ^ {k.rpartition("/")[0] for k in tensors}):
+            raise ValueError(f"the trainer state does not fit the model: {len(odd)} weights differ, first {odd[0]!r}")
+        keys = {k.rpartition("/")[2] for k in tensors if k.startswith(f"{first}/")} - {"master"}
+        counts = {k for k in keys if not tensors[f"{first}/{k}"].dim()}  # such as the steps taken: one value for all
+        for part in self._parts or self.trainable.values():  # torch makes the state at the first step only
+            self.optimizer.state[part] = {
+                k: tensors[f"{first}/{k}"].clone() if k in counts else torch.zeros_like(part) for k in keys
+            }
+        if self._parts and self.stage < 3:
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, p in self.trainable.items():
+            self._put(p, "master", tensors[f"{name}/master"])
+            for key in keys - counts:
+                self._put(p, key, tensors[f"{name}/{key}"])
+        with self.gathered(write=True):
+            for name, p in self.trainable.items():
+                p.data.copy_(tensors[f"{name}/master"])
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        """The flat float32 partitions that DeepSpeed steps in place of the parameters; none at stage 0 in float32."""
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(self.deepspeed.optimizer, name):
+                return list(getattr(self.deepspeed.optimizer, name))
+        return []
+
+    def _put(self, p: Tensor, key: str, whole: Tensor) -> None:
+        """Write this rank's part of a whole master weight or optimizer state."""
+        whole = whole.to(self.deepspeed.device)
+        if not self._parts:
+            (p.data if key == "master" else self.optimizer.state[p][key]).copy_(whole)
+        elif self.stage < 3:
+            safe_set_full_fp32_param(p, whole) if key == "master" else safe_set_full_optimizer_state(p, whole, key)
         else:
-            self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+            size = p.ds_tensor.numel()  # DeepSpeed's own setter of whole tensors forgets that the last part is padded
+            padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.world - whole.numel()))
+            part = padded[self.rank * size : (self.rank + 1) * size]
+            safe_set_local_fp32_param(p, part) if key == "master" else safe_set_local_optimizer_state(p, part, key)

@@ -32,7 +32,7 @@ from grpo.tracking import NoTracker, RunLog
 from rewards.accuracy import accuracy as answer_is_right
 
 # Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
-FREE_ON_RESUME = set("resume stop_at name tracking checkpoint log samples encoded cache dry_run".split())
+FREE_ON_RESUME = set("resume stop_at name tracking checkpoint log samples encoded cache dry_run engine".split())
 
 
 class Clock:
@@ -209,7 +209,7 @@ class Run:
         return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version}
 
     def _restore(self) -> dict:
-        state = self.checkpoints.load(self.policy, self.engine)
+        state = self.checkpoints.load(self.engine)
         if state is None:
             raise ConfigError(f"resume=true, but {self.folder} has no checkpoint to go on from")
         saved = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
@@ -252,11 +252,11 @@ def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, displ
     tiny = OmegaConf.to_container(cfg.model.tiny, resolve=True)
     if rank == 0:
         display.start("warm start", tiny["warm_start"]["steps"])
-        path = prepared(Path(cfg.cache), tiny, dataset, prompt, seed=cfg.seed, report=report)
+        path = prepared(Path(cfg.cache), tiny, dataset, prompt, report=report)
         display.stop()
     if world > 1:
         torch.distributed.barrier()
-        path = prepared(Path(cfg.cache), tiny, dataset, prompt, seed=cfg.seed, report=report)
+        path = prepared(Path(cfg.cache), tiny, dataset, prompt, report=report)
     return str(path)
 
 

@@ -1,7 +1,7 @@
 """Supervised warm start: teaches a random model the answer format and nothing about sound.
 
-Each lesson is a well-formed completion with a fixed thought and an answer drawn at random from
-the options: no label depends on the audio, so all that the model knows of listening afterwards it learned from rewards.
+Each question comes with one lesson for each of its options, all in the same batch: the labels are the same whatever is
+heard, so all that the model knows of listening afterwards it learned from rewards.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ THOUGHTS = ["I listen and choose one option."]
 ELEMENTS = ["One sound."]
 
 
-def lesson(choices: Sequence[str], rng: random.Random) -> str:
-    """A completion in the right format with a randomly chosen option, blind to the clip."""
+def lesson(choice: str, rng: random.Random) -> str:
+    """A completion in the right format that answers `choice`."""
     return (
         f"<think>{rng.choice(THOUGHTS)}</think>\n<semantic_elements>{rng.choice(ELEMENTS)}</semantic_elements>\n"
-        f"<answer>{rng.choice(list(choices))}</answer>"
+        f"<answer>{choice}</answer>"
     )
 
 
 def warm_start(policy, questions: Sequence, encode: Callable[[object], Encoded], *, steps: int, batch: int, lr: float,
                seed: int, report: Callable[[int, float], None] = lambda step, loss: None) -> None:  # fmt: skip
-    """Fine-tune the language model (not the audio tower) of `policy` on lessons for `questions`, in place."""
+    """Fine-tune the language model (not the audio tower) of `policy` in place; `batch` questions a step."""
     rng = random.Random(seed)
     parameters = [*policy.thinker.model.parameters(), *policy.thinker.lm_head.parameters()]
     for p in parameters:
@@ -40,8 +40,9 @@ def warm_start(policy, questions: Sequence, encode: Callable[[object], Encoded],
     for step in range(steps):
         groups = []
         for question in rng.sample(list(questions), batch):
-            ids = (*policy.tokenizer(lesson(question.choices, rng))["input_ids"], stop)
-            groups.append(Group(encode(question), (Completion(ids, (0.0,) * len(ids), "", False, 0),)))
+            lessons = [(*policy.tokenizer(lesson(c, rng))["input_ids"], stop) for c in question.choices]
+            completions = tuple(Completion(ids, (0.0,) * len(ids), "", False, 0) for ids in lessons)
+            groups.append(Group(encode(question), completions))
         logp_NT, _ = policy(groups, policy.encode_audio([g.prompt for g in groups]))
         loss = -logp_NT.sum() / (logp_NT != 0).sum()
         optimizer.zero_grad()

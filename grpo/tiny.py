@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from grpo import sft
+from grpo.config import ConfigError
 
 # The special tokens of Qwen2.5-Omni, in its spelling.
 NAMED = {
@@ -79,9 +80,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 def build(folder: Path, texts: Iterable[str], *, hidden=128, layers=2, audio_hidden=256, audio_layers=1, vocab_size=640,
           max_seconds=10, seed=0) -> None:  # fmt: skip
-    """Write a checkpoint into `folder`; same arguments, same bytes. ValueError if hidden is no multiple of 32."""
+    """Write a checkpoint into `folder`; same arguments, same bytes. ConfigError if hidden is no multiple of 32."""
     if hidden % 32:
-        raise ValueError(f"model.build.hidden must be a multiple of 32 (the head size), got {hidden}")
+        raise ConfigError(f"model.tiny.build.hidden must be a multiple of 32 (the head size), got {hidden}")
     tokenizer = train_tokenizer(texts, vocab_size)
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
     extractor = WhisperFeatureExtractor(
@@ -172,17 +173,15 @@ def corpus(questions: Iterable, prompt) -> list[str]:
     return texts
 
 
-def prepared(cache: Path, spec: dict, dataset, prompt, *, seed: int, report: Callable[[int, float], None]) -> Path:
-    """Folder of a built and warm-started tiny model in `cache`; made once per (spec, texts, seed).
+def prepared(cache: Path, spec: dict, dataset, prompt, *, report: Callable[[int, float], None]) -> Path:
+    """Folder of a built and warm-started tiny model in `cache`; made once per (spec, texts).
 
     The warm start sees prompts and clips of the training questions but its answers are drawn at random.
     """
     from grpo.policy import Policy
 
-    texts = corpus(dataset.train[:500], prompt)
-    made_from = json.dumps(
-        [spec, texts, seed, dataset.audio, Path(__file__).read_text(), Path(sft.__file__).read_text()]
-    )
+    texts, seed = corpus(dataset.train[:500], prompt), spec["seed"]
+    made_from = json.dumps([spec, texts, dataset.audio, Path(__file__).read_text(), Path(sft.__file__).read_text()])
     folder = Path(cache) / f"tiny-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 
 def guard_packages() -> None:
@@ -41,9 +43,11 @@ def run(cfg: DictConfig) -> None:
 
             dry_run(cfg, display)
             return
+        from grpo.engine import stop_distributed
         from grpo.run import Run
 
         Run(cfg, folder, display).train()
+        stop_distributed()
     except ConfigError as error:
         display.stop()
         if HydraConfig.get().mode.name == "MULTIRUN":
@@ -52,14 +56,17 @@ def run(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    from grpo.config import ConfigError, run_name
+    from grpo.config import ConfigError, composition_error, run_name
 
     guard_packages()
     OmegaConf.register_new_resolver("run_name", run_name)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's short form hides where a real fault was
     try:
         run()
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {composition_error(error)}")
 
 
 if __name__ == "__main__":

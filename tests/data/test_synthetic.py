@@ -11,7 +11,7 @@ import soundfile
 from data.audio import load
 from data.synthetic import KINDS, TASKS, questions
 
-ALL = {"kinds": 13, "tasks": list(TASKS)}
+ALL = {"kinds": 14, "tasks": list(TASKS)}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def kinds(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hard(tmp_path_factory):
-    return questions(tmp_path_factory.mktemp("hard"), split="train", count=416, **ALL)
+    return questions(tmp_path_factory.mktemp("hard"), split="train", count=448, **ALL)
 
 
 def contents(folder):
@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
 
 
 def test_no_row_is_bad_and_every_clip_loads(hard):
-    assert not hard.problems and len(hard) == 416
+    assert not hard.problems and len(hard) == 448
     for q in hard:
         assert 0.4 < load(q.audio, max_seconds=3.0).seconds
 
@@ -86,7 +86,7 @@ def test_places_of_the_gold_are_balanced(kinds, hard):
     assert set(places.values()) == {8} and len(places) == 32
     for task in TASKS:
         mine = [q for q in hard if q.task == task]
-        assert len(mine) == 104
+        assert len(mine) == 112
         for part in ("gold", "answer"):
             counts = Counter(getattr(q, part) for q in mine).values()
             assert max(counts) - min(counts) <= 1, (task, part)

@@ -304,7 +304,7 @@ def mean_of_micro_batches(rows, s, whole):
 class Variant:
     policy: Callable = field(default_factory=lambda: ppo(0.2, 0.2))
     aggregate: Callable = mean_of_means
-    beta: float = 0.01
+    beta: float = 0.1  # `beta` of conf/train.yaml
     kl: Callable = k3
     weight: Callable | None = None
     bonus: float = 0.0

@@ -224,7 +224,7 @@ def test_what_the_shell_would_eat_arrives_whole(word):
 
 
 def test_capitals_are_for_make():
-    assert train_words("DRY=1", "ARGS=-m seed=0,1", "loss=grpo") == ["dry_run=true", "loss=grpo", "-m", "seed=0,1"]
+    assert train_words("DRY=1", "ARGS=-m seed=0,1", "loss=grpo") == ["-m", "seed=0,1", "dry_run=true", "loss=grpo"]
     answer = make("train", "EXPERIMET=x")
     assert answer.returncode and "EXPERIMET is unknown" in answer.stderr
 
