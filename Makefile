@@ -41,7 +41,7 @@ HYDRA     = $(foreach W,$(filter-out $(CAPITALS),$(GIVEN)),'$(subst ','\'',$(W)=
 
 RUN = $(BIN)/python $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=$(NPROC) )-m
 
-.PHONY: help setup train test lint format lock clean FORCE
+.PHONY: help setup train test docs lint format lock clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,10 @@ train: $(STAMP) ## train; words like seed=1 are config overrides, EXPERIMENT=nam
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP) ## run the tests; TESTS=tests/grpo runs some
 	$(BIN)/python -m pytest -q -rs --durations=10 $(TESTS)
+
+docs: $(STAMP) ## write the pages made from code anew: losses, advantages, metrics
+	$(BIN)/python -m grpo.lossdocs
+	$(BIN)/python -m grpo.metrics > docs/metrics.md
 
 lint: $(STAMP) ## ruff: faults and format
 	$(BIN)/ruff check .
