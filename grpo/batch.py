@@ -81,6 +81,44 @@ class LossOutputs:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a loss asks the loop for in the coming step."""
+
+    reference: bool  # ref_logp_NT
+    entropy_gradient: bool  # entropy_NT with its gradient
+    entropy_quantile: float | None  # entropy_cut: this quantile of the step's entropies
+    kl_in_reward: bool  # `loss.kl_penalty` taken off the rewards before the advantages
+    mask_truncated: bool  # no token of a completion that the length limit cut
+
+
+def needs(loss) -> Needs:
+    """What `loss` asks for; ask anew at every step. A plain function from LossInputs to LossOutputs gets the reference
+    and nothing else."""
+    reference = getattr(loss, "needs_reference", True)
+    return Needs(
+        reference,
+        getattr(loss, "needs_entropy_gradient", False),
+        getattr(loss, "entropy_quantile", None),
+        reference and getattr(loss, "kl_in", "loss") == "reward",
+        getattr(loss, "mask_truncated", False),
+    )
+
+
+def quantile(entropies: Sequence[Tensor], share: float) -> float:
+    """The `share` quantile (linear between neighbours) of all tokens' entropies: `LossInputs.entropy_cut`.
+
+    `entropies` are 1-D parts, those of all micro-batches and ranks, masked tokens left out. Without a token: 0.
+    Sorts instead of torch.quantile, which takes no more than 2^24 values.
+    """
+    values = torch.cat([e.detach().double().cpu() for e in entropies]).sort().values if entropies else []
+    if not len(values):
+        return 0.0
+    place = share * (len(values) - 1)
+    low = values[int(place)].item()
+    return low + (values[min(int(place) + 1, len(values) - 1)].item() - low) * (place - int(place))
+
+
 def pad_rows(rows: Sequence[Sequence[float] | Tensor], width: int | None = None, dtype=torch.float32) -> Tensor:
     """Stack rows of unequal length into [N, T], zeros on the right."""
     width = max((len(row) for row in rows), default=0) if width is None else width

@@ -6,9 +6,10 @@ from math import exp, log
 import pytest
 import torch
 
-from grpo.batch import LossInputs
+from grpo.batch import LossInputs, Needs, needs, quantile
 from grpo.loss import aggregate, kl, ratio, surrogate, weight
 from grpo.losscheck import made_up
+from grpo.lossdocs import ROOT, built
 
 F = torch.float64
 
@@ -305,3 +306,23 @@ def test_reductions():
     assert torch.allclose(ratio.sequence(one)[first], rho[first])
     sums, means = (f(rho, one) for f in (aggregate.sequence_sum, aggregate.sequence_mean))
     assert torch.allclose(sums, means)
+
+
+def test_quantile_equals_torchs_over_parts():
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.rand(n, generator=generator) for n in (5, 0, 1, 8)]
+    for share in (0.0, 0.25, 0.8, 1.0):
+        expected = torch.quantile(torch.cat(parts).double(), share).item()
+        assert quantile(parts, share) == pytest.approx(expected, abs=1e-12)
+    assert quantile([], 0.8) == quantile([torch.empty(0)], 0.8) == 0.0
+
+
+def test_what_a_loss_asks_for():
+    def of(name):
+        return needs(built(ROOT / "conf" / "loss" / f"{name}.yaml"))
+
+    assert needs(lambda x: None) == Needs(True, False, None, False, False)
+    assert of("grpo") == Needs(True, False, None, False, False) and not of("dapo").reference
+    assert of("entropy_bonus").entropy_gradient and not of("entropy_adaptive").entropy_gradient
+    assert of("high_entropy").entropy_quantile == pytest.approx(0.8)
+    assert of("kl_in_reward").kl_in_reward and not of("rloo").kl_in_reward  # beta is 0 there
