@@ -41,7 +41,7 @@ HYDRA     = $(foreach W,$(filter-out $(CAPITALS),$(GIVEN)),'$(subst ','\'',$(W)=
 
 RUN = $(BIN)/python $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=$(NPROC) )-m
 
-.PHONY: help setup train test bench bench-gpu lint format lock clean FORCE
+.PHONY: help setup train test bench bench-gpu docs lint format lock clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +65,10 @@ bench: $(STAMP) ## seconds a step of every rollout engine, as ratios; ARGS='--ro
 
 bench-gpu: $(STAMP) ## the same at the true 7B shapes, random weights (16 GB in .cache); skips without a GPU
 	$(BIN)/python -m grpo.bench --gpu $(ARGS) $(HYDRA)
+
+docs: $(STAMP) ## write the pages made from code anew: losses, advantages, metrics
+	$(BIN)/python -m grpo.lossdocs
+	$(BIN)/python -m grpo.metrics > docs/metrics.md
 
 lint: $(STAMP) ## ruff: faults and format
 	$(BIN)/ruff check .

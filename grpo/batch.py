@@ -47,19 +47,25 @@ class Group:
 class LossInputs:
     """All that a loss may see, for one micro-batch.
 
-    Entries where `mask_NT` is False are zero and must not matter. `n_tokens` and `n_sequences` are counted once per
-    optimizer step, over all micro-batches and ranks, so that splitting a step changes nothing.
+    Entries where `mask_NT` is False must not matter (`Objective` sets them to zero first). `n_tokens` and `n_sequences`
+    are counted once per optimizer step, over all micro-batches and ranks, so that splitting a step changes nothing.
+    Rows come question by question, `group_size` completions each, and a question is never split.
+
+    The fields with a default are read by few losses; one that needs a field nobody filled says so.
     """
 
     logp_NT: Tensor  # current policy, with gradient
     old_logp_NT: Tensor  # policy at the first update of this rollout
     sampler_logp_NT: Tensor  # what the rollout engine sampled from
     ref_logp_NT: Tensor | None  # reference policy; None when no term needs it
-    entropy_NT: Tensor  # of the current policy's next-token distribution, nats
+    entropy_NT: Tensor  # of the current policy's next-token distribution, nats; with gradient only when asked for
     advantage_N: Tensor
     mask_NT: Tensor  # bool; includes the stop token, excludes all after it
     n_tokens: float
     n_sequences: float
+    group_size: int | None = None  # G, for aggregate.group_mean
+    n_micro_batches: float | None = None  # of the whole step over all ranks, for aggregate.bnpo only
+    entropy_cut: float | None = None  # nats: quantile of the step's entropies, for weight.high_entropy only
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,44 @@ class LossOutputs:
     loss: Tensor  # scalar, to be minimised
     per_token_NT: Tensor  # detached
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a loss asks the loop for in the coming step."""
+
+    reference: bool  # ref_logp_NT
+    entropy_gradient: bool  # entropy_NT with its gradient
+    entropy_quantile: float | None  # entropy_cut: this quantile of the step's entropies
+    kl_in_reward: bool  # `loss.kl_penalty` taken off the rewards before the advantages
+    mask_truncated: bool  # no token of a completion that the length limit cut
+
+
+def needs(loss) -> Needs:
+    """What `loss` asks for; ask anew at every step. A plain function from LossInputs to LossOutputs gets the reference
+    and nothing else."""
+    reference = getattr(loss, "needs_reference", True)
+    return Needs(
+        reference,
+        getattr(loss, "needs_entropy_gradient", False),
+        getattr(loss, "entropy_quantile", None),
+        reference and getattr(loss, "kl_in", "loss") == "reward",
+        getattr(loss, "mask_truncated", False),
+    )
+
+
+def quantile(entropies: Sequence[Tensor], share: float) -> float:
+    """The `share` quantile (linear between neighbours) of all tokens' entropies: `LossInputs.entropy_cut`.
+
+    `entropies` are 1-D parts, those of all micro-batches and ranks, masked tokens left out. Without a token: 0.
+    Sorts instead of torch.quantile, which takes no more than 2^24 values.
+    """
+    values = torch.cat([e.detach().double().cpu() for e in entropies]).sort().values if entropies else []
+    if not len(values):
+        return 0.0
+    place = share * (len(values) - 1)
+    low = values[int(place)].item()
+    return low + (values[min(int(place) + 1, len(values) - 1)].item() - low) * (place - int(place))
 
 
 def pad_rows(rows: Sequence[Sequence[float] | Tensor], width: int | None = None, dtype=torch.float32) -> Tensor:

@@ -21,9 +21,13 @@ def tempered(logits: Tensor, temperature: float, banned_ids: Sequence[int]) -> T
     return torch.log_softmax(logits, dim=-1)
 
 
-def chosen_and_entropy(logits: Tensor, ids: Tensor, temperature: float, banned_ids: Sequence[int]):
-    """Log-probability of `ids` [M] under `logits` [M, V], and the distribution's entropy in nats [M] (no gradient)."""
+def chosen_and_entropy(logits: Tensor, ids: Tensor, temperature: float, banned_ids: Sequence[int],
+                       entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probability of `ids` [M] under `logits` [M, V], and the distribution's entropy in nats [M].
+
+    The entropy carries a gradient only with `entropy_gradient`: it keeps two more [M, V] in memory until backward.
+    """
     logp = tempered(logits, temperature, banned_ids)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(logp.exp() * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(-1)  # 0 * log 0 = 0
     return logp.gather(-1, ids[:, None])[:, 0], entropy

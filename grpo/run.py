@@ -28,7 +28,7 @@ from grpo.display import Display
 from grpo.engine import Engine, start_distributed, zero_config
 from grpo.evaluate import accuracy
 from grpo.loss.formula import describe
-from grpo.loss.weight import CORRECTIONS
+from grpo.loss.weight import correction
 from grpo.policy import Policy
 from grpo.report import closing_lines, curves
 from grpo.rollout import RolloutError
@@ -124,8 +124,9 @@ class Run:
         if not hasattr(self.objective, "weights"):
             raise ConfigError("rollout.correction weighs the policy term of grpo.loss.objective.Objective, and loss= "
                               "is another: take the weight from grpo.loss.weight there")  # fmt: skip
-        weight = CORRECTIONS[s.rollout_correction, s.rollout_correction_level]
-        self.objective.weights["sampler"] = partial(weight, cap=s.rollout_correction_cap)
+        self.objective.weights["sampler"] = correction(
+            s.rollout_correction, s.rollout_correction_level, s.rollout_correction_cap
+        )
 
     def quarantine(self, failed: list[tuple[str, str, str]]) -> None:
         """Leave questions out from now on, visibly; stop the run when they become too many."""

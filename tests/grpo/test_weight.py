@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo.batch import LossInputs
-from grpo.loss.weight import CORRECTIONS
+from grpo.loss.weight import correction
 
 # π_old/π_sampler of two completions, the second one token long; products 3 and 0.25
 RATIO = [[1.5, 4.0, 0.5], [0.25, 99.0, 99.0]]
@@ -32,16 +32,16 @@ def inputs():
     ],
 )
 def test_by_hand(kind, level, cap, expected):
-    weight = CORRECTIONS[kind, level](inputs(), torch.ones(2, 3), cap=cap)
+    weight = correction(kind, level, cap)(inputs(), torch.ones(2, 3))
     for row, want in zip(weight, expected, strict=True):
         assert row[: len(want)].tolist() == pytest.approx(want)
     assert not weight.requires_grad
 
 
-@pytest.mark.parametrize("choice", CORRECTIONS)
+@pytest.mark.parametrize("choice", [(k, v) for k in ("truncate", "mask") for v in ("token", "sequence")])
 def test_equal_engines_weigh_one_and_far_ones_stay_finite(choice):
     x = inputs()
     same = LossInputs(x.logp_NT, x.old_logp_NT, x.old_logp_NT, None, x.entropy_NT, x.advantage_N, MASK, 4.0, 2.0)
-    assert CORRECTIONS[choice](same, torch.ones(2, 3), cap=2.0)[MASK].tolist() == [1.0] * 4
+    assert correction(*choice, 2.0)(same, torch.ones(2, 3))[MASK].tolist() == [1.0] * 4
     far = LossInputs(x.logp_NT, x.old_logp_NT + 1e4, x.old_logp_NT, None, x.entropy_NT, x.advantage_N, MASK, 4.0, 2.0)
-    assert all(map(math.isfinite, CORRECTIONS[choice](far, torch.ones(2, 3), cap=2.0)[MASK].tolist()))
+    assert all(map(math.isfinite, correction(*choice, 2.0)(far, torch.ones(2, 3))[MASK].tolist()))

@@ -1,15 +1,9 @@
-"""The picture and the closing lines of runs, from their metrics.jsonl alone: `python -m grpo.report RUN...`."""
+"""The picture and the closing lines of runs, from their metrics.jsonl alone."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -21,8 +15,18 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def curves(*folders: Path, to: Path | None = None) -> Path:
-    """Draw accuracy, reward, length and KL against the step into `to` (curves.png of the one run). One colour a run."""
-    runs = {Path(folder).resolve().name: read_metrics(folder) for folder in folders}
+    """Draw accuracy, reward, length and KL against the step into `to` (curves.png of the first run). One colour a run.
+
+    Runs are named by their folders, with the folder around it where two have the same name.
+    """
+    import matplotlib  # 0.5 s that whoever only reads a report does without
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    paths = [Path(folder).resolve() for folder in folders]
+    unique = len({p.name for p in paths}) == len(paths)
+    runs = {p.name if unique else f"{p.parent.name}/{p.name}": read_metrics(p) for p in paths}
     alone = len(runs) == 1
     parts = [k for k in next(iter(runs.values()))[-1] if k.startswith("rewards/") and k.endswith("/mean")]
     panels = [
@@ -69,11 +73,3 @@ def closing_lines(summary: dict, folder: Path) -> str:
         f"cost      {summary['seconds']:.0f} s, peak memory {gib:.2f} GiB\n"
         f"written   {folder}: metrics.jsonl samples.jsonl summary.json curves.png checkpoints/"
     )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m grpo.report", description="Draw the curves of one run or several.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, such as outputs/second")
-    parser.add_argument("--to", type=Path, help="the picture (default: curves.png in the first run's folder)")
-    arguments = parser.parse_args()
-    print(curves(*arguments.runs, to=arguments.to))
