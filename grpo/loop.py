@@ -6,11 +6,14 @@ No variant is named here. What is optimised stands in grpo/loss/objective.py; wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
-from grpo.batch import Group, LossInputs, pad_rows
-from grpo.metrics import Accumulator, group_metrics
+from grpo.advantage import advantages
+from grpo.batch import Group, LossInputs, needs, pad_rows, quantile
+from grpo.metrics import Accumulator, group_metrics, mismatch
 from grpo.rollout import sample_seed
 
 
@@ -26,7 +29,7 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
     Returns the step's metrics, for each completion a record of what it earned, and this rank's groups for the sync.
     """
     s, engine, policy, clock = run.settings, run.engine, run.policy, run.clock
-    device = policy.device
+    device, need = policy.device, needs(run.objective)
 
     # ---------------------------------------------------------------- questions and rollout
     questions, groups = run.rollouts.take(step)
@@ -45,51 +48,63 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
         reward_BG = torch.tensor(scores.total).view(len(groups), s.generations)
         failed_B1 = ~reward_BG.isfinite().all(1, keepdim=True)  # a reward that raised is not a reward of 0
 
-    # ---------------------------------------------------------------- advantage
-    reward_BG = reward_BG.masked_fill(failed_B1, 0.0)
-    advantage_BG = run.advantage(reward_BG).masked_fill(failed_B1, 0.0)
+    # ---------------------------------------------------------------- the policy before the update
+    with clock("update"):
+        size, audio = s.micro_questions, policy.encode_audio([g.prompt for g in groups])
+        micro = [(groups[i : i + size], audio[i : i + size]) for i in range(0, len(groups), size)]
+        mask = [loss_mask(part, need.mask_truncated).to(device) for part, _ in micro]
+        ref = [_frozen(engine, policy, *m, reference=True)[0] for m in micro] if need.reference else [None] * len(micro)
+        entropy_cut, earned_BG = None, reward_BG
+        if need.kl_in_reward or need.entropy_quantile is not None:
+            now = [_frozen(engine, policy, *m) for m in micro]
+            if need.kl_in_reward:
+                penalty = [run.objective.kl_penalty(p, r, m) for (p, _), r, m in zip(now, ref, mask, strict=True)]
+                earned_BG = reward_BG - torch.cat(penalty).view_as(reward_BG).cpu()
+            if need.entropy_quantile is not None:
+                mine = [entropy_NT[m].cpu() for (_, entropy_NT), m in zip(now, mask, strict=True)]
+                entropy_cut = quantile(engine.gather(mine), need.entropy_quantile)
+
+    # ---------------------------------------------------------------- advantage: of the whole step, over all ranks
+    advantage_BG = _advantages(run, groups, earned_BG, component_NR, need.mask_truncated)
 
     # ---------------------------------------------------------------- updates
     with clock("update"):
-        n_tokens, n_sequences = _denominators(groups, run.objective.mask_truncated, engine)
-        audio = policy.encode_audio([g.prompt for g in groups])
-        size = s.micro_questions
-        starts = range(0, len(groups), size)
-        old: list = [None] * len(starts)
-        ref: list = [None] * len(starts)
+        counts = engine.reduce({"tokens": float(sum(m.sum() for m in mask)), "sequences": float(reward_BG.numel()),
+                                "micro": float(len(micro))})  # fmt: skip
+        old: list = [None] * len(micro)
         tokens, loss_sum = Accumulator(), 0.0
         torch.manual_seed(sample_seed(s.seed, step, "dropout", engine.rank))  # a resumed run draws the same masks
         for update in range(s.updates):
             policy.train()
-            for m, i in enumerate(starts):
-                micro, sound = groups[i : i + size], audio[i : i + size]
-                mask_NT = loss_mask(micro, run.objective.mask_truncated).to(device)
-                if run.objective.needs_reference and ref[m] is None:
-                    ref[m] = _reference(engine, policy, micro, sound)
-                logp_NT, entropy_NT = engine(micro, sound)
+            for m, (part, sound) in enumerate(micro):
+                logp_NT, entropy_NT = engine(part, sound, need.entropy_gradient)
                 if old[m] is None:
                     old[m] = logp_NT.detach()
-                sampler_NT = pad_rows([c.sampler_logp for g in micro for c in g.completions]).to(device)
-                out = run.objective(
-                    LossInputs(logp_NT, old[m], sampler_NT, ref[m], entropy_NT,
-                               advantage_BG[i : i + size].reshape(-1).to(device), mask_NT, n_tokens, n_sequences)
+                x = LossInputs(
+                    logp_NT, old[m], pad_rows([c.sampler_logp for g in part for c in g.completions]).to(device), ref[m],
+                    entropy_NT, advantage_BG[m * size : (m + 1) * size].reshape(-1).to(device), mask[m],
+                    n_tokens=counts["tokens"], n_sequences=counts["sequences"], group_size=s.generations,
+                    n_micro_batches=counts["micro"], entropy_cut=entropy_cut,
                 )  # fmt: skip
+                out = run.objective(x)
                 engine.backward(out.loss)
                 if update == 0:
-                    tokens.add({**out.metrics, **_mismatch(old[m], sampler_NT)}, mask_NT)
+                    tokens.add({**out.metrics, **mismatch(x)}, mask[m])
                     loss_sum += out.loss.item()
-                if m < len(starts) - 1:
+                if m < len(micro) - 1:
                     engine.end_micro_batch()
             learning_rate = run.schedule(step, s.steps)
             grad_norm = engine.step(learning_rate)
 
     run.version += 1
-    metrics = group_metrics(
-        groups, reward_BG, component_NR, run.rewards.names, len({f.index for f in scores.failures}), engine
-    )
+    failures = len({f.index for f in scores.failures})
+    known_BG = reward_BG.masked_fill(failed_B1, 0.0)
+    metrics = group_metrics(groups, known_BG, component_NR, run.rewards.names, failures, engine)
     metrics |= tokens.result(engine) | engine.reduce({"loss": loss_sum})
     metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
-    run.tokens += int(engine.reduce({"n": sum(len(g.prompt.prompt_ids) for g in groups)})["n"] + n_tokens)
+    run.tokens += int(engine.reduce({"n": sum(len(g.prompt.prompt_ids) for g in groups)})["n"] + counts["tokens"])
+    if bonus := getattr(run.objective, "entropy", None):
+        bonus.update(metrics["entropy"])
     return metrics, _samples(step, questions, groups, scores, advantage_BG, run.rewards.names), groups
 
 
@@ -100,30 +115,25 @@ def sync(run, groups: Sequence[Group]) -> dict[str, float]:
         return run.sync.push(run.version, groups).metrics()
 
 
-def _denominators(groups: Sequence[Group], mask_truncated: bool, engine) -> tuple[float, float]:
-    """Tokens in the loss and completions of the whole optimizer step: over all micro-batches and ranks."""
-    mask_NT = loss_mask(groups, mask_truncated)
-    counts = engine.reduce({"tokens": float(mask_NT.sum()), "sequences": float(len(mask_NT))})
-    return counts["tokens"], counts["sequences"]
-
-
 @torch.no_grad()
-def _reference(engine, policy, groups: Sequence[Group], audio) -> torch.Tensor:
-    """Reference log-probs [N, T]: the same model with its adapter (and dropout) off."""
+def _frozen(engine, policy, groups: Sequence[Group], audio, *, reference: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [N, T] without dropout or gradient: of the policy, or with its adapter off."""
     policy.eval()
-    with policy.reference():
-        logp_NT, _ = engine(groups, audio)
+    with policy.reference() if reference else nullcontext():
+        out = engine(groups, audio)
     policy.train()
-    return logp_NT
+    return out
 
 
-def _mismatch(old_NT: torch.Tensor, sampler_NT: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How far the sampler's log-probs are from the trainer's, per token."""
-    gap_NT = (old_NT - sampler_NT).abs()
-    ratio_NT = (old_NT - sampler_NT).exp()
-    prefix, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
-    return {f"{prefix}/mean": gap_NT, f"{prefix}/max": gap_NT,
-            f"{ratio}/mean": ratio_NT, f"{ratio}/min": ratio_NT, f"{ratio}/max": ratio_NT}  # fmt: skip
+def _advantages(run, groups: Sequence[Group], reward_BG: Tensor, component_NR: Tensor, mask_truncated: bool) -> Tensor:
+    """This rank's A_BG. The function sees the questions of all ranks: its statistics are of the whole step."""
+    engine, (b, g) = run.engine, reward_BG.shape
+    tokens_BG = loss_mask(groups, mask_truncated).sum(1).view(b, g).float()
+    rows = engine.gather(list(zip(reward_BG, component_NR.view(b, g, -1), tokens_BG, strict=True)))
+    reward, component, tokens = (torch.stack(column) for column in zip(*rows, strict=True))
+    whole = advantages(run.advantage, reward, component_BGR=component, tokens_BG=tokens,
+                       weights_R=torch.tensor(run.rewards.weights))  # fmt: skip
+    return whole[engine.rank * b : (engine.rank + 1) * b] if engine.world > 1 else whole
 
 
 def _samples(step, questions, groups, scores, advantage_BG, names) -> list[dict]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from grpo.batch import Group
+from grpo.batch import Group, LossInputs
 
 # name (or family) -> meaning. docs/metrics.md is this table.
 MEANING = {
@@ -37,6 +37,21 @@ MEANING = {
     "accuracy/heldout": "greedy accuracy on the held-out questions (evaluation steps only)",
     "step_time": "seconds for the step; time/<stage> its parts",
 }
+
+
+def mismatch(x: LossInputs) -> dict[str, Tensor]:
+    """How far the sampler's log-probs are from the trainer's, per token, under the field's names.
+
+    `sampling/weight_mean` and `sampling/weight_square_mean` are those of w = π_θ/π_sampler: the share of tokens that
+    effectively count is mean(w)² / mean(w²).
+    """
+    gap_NT = x.old_logp_NT.detach() - x.sampler_logp_NT
+    ratio_NT = gap_NT.clamp(-20, 20).exp()
+    weight_NT = (x.logp_NT.detach() - x.sampler_logp_NT).clamp(-20, 20).exp()
+    difference, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+    return {f"{difference}/mean": gap_NT.abs(), f"{difference}/max": gap_NT.abs(), f"{ratio}/mean": ratio_NT,
+            f"{ratio}/min": ratio_NT, f"{ratio}/max": ratio_NT, "sampling/kl_k3": ratio_NT - 1 - gap_NT,
+            "sampling/weight_mean": weight_NT, "sampling/weight_square_mean": weight_NT.square()}  # fmt: skip
 
 
 class Accumulator:

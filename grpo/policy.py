@@ -196,8 +196,11 @@ class Policy(nn.Module):
 
     # ---------------------------------------------------------------- log-probabilities
 
-    def forward(self, groups: Sequence[Group], audio: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, groups: Sequence[Group], audio: Sequence[Tensor],
+                entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Log-probability and entropy of each completion token, [N, T] each, zeros behind each completion's end.
+
+        The entropy carries a gradient only with `entropy_gradient`.
 
         Only hidden states that predict a completion token pass through the vocabulary projection.
         """
@@ -213,7 +216,11 @@ class Policy(nn.Module):
         ).last_hidden_state
         hidden_M = hidden.flatten(0, 1)[packed.predictor_M.to(device)]
         logp_M, entropy_M = chosen_and_entropy(
-            self.thinker.lm_head(hidden_M), packed.target_M.to(device), self.temperature, self.banned_ids
+            self.thinker.lm_head(hidden_M),
+            packed.target_M.to(device),
+            self.temperature,
+            self.banned_ids,
+            entropy_gradient,
         )
         width = max(packed.lengths_N)
         mask_NT = torch.arange(width, device=device)[None] < torch.tensor(packed.lengths_N, device=device)[:, None]

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.sampler import Sampler
 from grpo import loop
+from grpo.advantage import declared
 from grpo.batch import Group
 from grpo.checkpoint import Checkpoints, write_json
 from grpo.config import ROLLOUT_KEYS, ConfigError, Settings, build, check_call, engine_keys, settings
@@ -78,7 +79,7 @@ class Run:
         random.seed(s.seed), np.random.seed(s.seed), torch.manual_seed(s.seed)
 
         self.advantage = build(cfg.advantage, "advantage")
-        check_call("advantage", self.advantage, "reward_BG")
+        check_call("advantage", partial(self.advantage, **dict.fromkeys(declared(self.advantage))), "reward_BG")
         self.objective = build(cfg.loss, "loss")
         for piece, positional in getattr(self.objective, "calls", {}).items():
             check_call(f"loss.{piece}", getattr(self.objective, piece), *positional)
@@ -253,8 +254,9 @@ class Run:
         return {name: value for name, value in shown.items() if value is not None}
 
     def _progress(self) -> dict:
+        bonus = getattr(self.objective, "entropy", None)
         return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version,
-                "pending": self.rollouts.state()}  # fmt: skip
+                "pending": self.rollouts.state(), "entropy": bonus.state() if bonus else None}  # fmt: skip
 
     def _restore(self) -> dict:
         state = self.checkpoints.load(self.engine)
@@ -270,6 +272,8 @@ class Run:
                               f"give the same overrides as before, or start a new run")  # fmt: skip
         self.tokens, self.version = state.pop("tokens"), state.pop("version")
         self.quarantined = state.pop("quarantined")
+        if (entropy := state.pop("entropy")) is not None:
+            self.objective.entropy.load_state(entropy)
         self.rollouts.load_state(state["step"], state.pop("pending"))
         if not state.get("unfinished"):
             self.sync.push(self.version)

@@ -133,7 +133,7 @@ class Objective:
     def _diagnose(self, x: LossInputs, ratio_NT: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ratio_NT = ratio_NT.detach()
         metrics = {"entropy": x.entropy_NT.detach(), "ratio/mean": ratio_NT, "ratio/max": ratio_NT,
-                   "ratio/min": ratio_NT, **mismatch(x)}  # fmt: skip
+                   "ratio/min": ratio_NT}  # fmt: skip
         for name, weight_NT in weights.items():
             metrics[f"weights/{name}/mean"] = weight_NT
             metrics[f"weights/{name}/masked"] = (weight_NT == 0).float()
@@ -159,21 +159,6 @@ class Objective:
         if self.needs_reference and self.kl_in == "reward":
             lines.append(f"          {self.beta:g}·Σ_t {describe(self.kl)} taken off each completion's reward")
         return "\n".join(lines)
-
-
-def mismatch(x: LossInputs) -> dict[str, Tensor]:
-    """How far the sampler's log-probs are from the trainer's, per token, under the field's names.
-
-    `sampling/weight_mean` and `sampling/weight_square_mean` are those of w = π_θ/π_sampler: the share of tokens that
-    effectively count is mean(w)² / mean(w²).
-    """
-    gap_NT = x.old_logp_NT.detach() - x.sampler_logp_NT
-    ratio_NT = gap_NT.clamp(-20, 20).exp()
-    weight_NT = (x.logp_NT.detach() - x.sampler_logp_NT).clamp(-20, 20).exp()
-    difference, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
-    return {f"{difference}/mean": gap_NT.abs(), f"{difference}/max": gap_NT.abs(), f"{ratio}/mean": ratio_NT,
-            f"{ratio}/min": ratio_NT, f"{ratio}/max": ratio_NT, "sampling/kl_k3": ratio_NT - 1 - gap_NT,
-            "sampling/weight_mean": weight_NT, "sampling/weight_square_mean": weight_NT.square()}  # fmt: skip
 
 
 def _without_masked(x: LossInputs) -> LossInputs:
