@@ -22,9 +22,12 @@ MEANING = {
     "kl": "KL estimate against the reference per token, mean over the step's tokens; absent when beta is 0",
     "entropy": "entropy of the next-token distribution in nats, mean over the step's tokens",
     "ratio/mean": "importance ratio π/π_old (also ratio/max, ratio/min); 1 at the first update of a rollout",
-    "clip_ratio/low_mean": "share of tokens where the lower clip binds (A < 0); clip_ratio/high_mean: the upper",
+    "clip_ratio/low_mean": "share of tokens where the lower clip binds (A < 0); clip_ratio/high_mean: the upper, \
+clip_ratio/region_mean: either",
     "sampling/sampling_logp_difference/mean": "gap from log π_old to log π_sampler (also max): 0 when sync is exact",
     "sampling/importance_sampling_ratio/mean": "π_old/π_sampler per token (also min, max)",
+    "sampling/kl_k3": "k3 estimate of KL(sampler, trainer) per token; also sampling/weight_mean and \
+sampling/weight_square_mean of π/π_sampler: mean(w)²/mean(w²) is the share of tokens that effectively count",
     "weights/<name>/mean": "weight on the policy term (`sampler`: rollout.correction); weights/<name>/masked: zeros",
     "sync/probe_error": "largest gap in log-prob between engine and trainer after a sync (on its turn), in nats",
     "sync/bytes": "sent to each rollout engine by the step's sync; sync/changed: weight matrices that it changed there",

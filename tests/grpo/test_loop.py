@@ -38,7 +38,7 @@ class Policy(torch.nn.Module):
     def encode_audio(self, prompts):
         return [f"sound of {p.id}" for p in prompts]
 
-    def forward(self, groups, audio):
+    def forward(self, groups, audio, entropy_gradient=False):
         assert audio == self.encode_audio([g.prompt for g in groups])
         self.passes.append((self.name, self.training, [g.prompt.id for g in groups]))
         ids = pad_rows([c.token_ids for g in groups for c in g.completions])
@@ -83,7 +83,7 @@ class Engine:
         return {k: v * (2 if how == "sum" else 1) for k, v in values.items()}
 
     def gather(self, items):
-        return list(items)
+        return list(items) * self.world
 
     def together(self, call, error):
         return call()
@@ -106,7 +106,7 @@ class Rollout:
 class Rewards:
     """The second completion of each group earns 1, the first nothing; the reward of those in `raising` failed."""
 
-    names, raising = ("second",), ()
+    names, weights, raising = ("second",), (1.0,), ()
 
     def score(self, texts, contexts):
         self.contexts = contexts
@@ -191,7 +191,7 @@ def test_reference_is_asked_once_without_dropout_and_not_at_all_when_beta_is_zer
     run = make_run(updates=2)
     loop.step(run, 0)
     assert run.policy.passes == [
-        ("reference", False, first), ("policy", True, first), ("reference", False, second), ("policy", True, second),
+        ("reference", False, first), ("reference", False, second), ("policy", True, first), ("policy", True, second),
         ("policy", True, first), ("policy", True, second),
     ]  # fmt: skip
     assert torch.equal(run.objective.seen[2].ref_logp_NT, run.objective.seen[0].ref_logp_NT)
