@@ -51,6 +51,7 @@ class Settings:
     log_every: int
     samples_every: int
     encoded: int  # questions whose features stay in memory
+    save_rollouts: bool  # keep every step on disk for grpo.replay_loss
     rollout_lag: int  # 1: the next step's completions are sampled while this step trains
     rollout_correction: str  # weight on the policy term for the sampler's distance: none, truncate or mask
     rollout_correction_level: str  # token or sequence

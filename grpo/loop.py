@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from grpo import record
 from grpo.advantage import advantages
 from grpo.batch import Group, LossInputs, needs, pad_rows, quantile
 from grpo.metrics import Accumulator, group_metrics, mismatch
@@ -71,7 +72,9 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
     with clock("update"):
         counts = engine.reduce({"tokens": float(sum(m.sum() for m in mask)), "sequences": float(reward_BG.numel()),
                                 "micro": float(len(micro))})  # fmt: skip
-        old: list = [None] * len(micro)
+        old, entropy, last = ([None] * len(micro) for _ in range(3))
+        if s.save_rollouts:
+            record.save_adapter(run.folder, step + 1, policy, engine)
         tokens, loss_sum = Accumulator(), 0.0
         torch.manual_seed(sample_seed(s.seed, step, "dropout", engine.rank))  # a resumed run draws the same masks
         for update in range(s.updates):
@@ -79,7 +82,8 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
             for m, (part, sound) in enumerate(micro):
                 logp_NT, entropy_NT = engine(part, sound, need.entropy_gradient)
                 if old[m] is None:
-                    old[m] = logp_NT.detach()
+                    old[m], entropy[m] = logp_NT.detach(), entropy_NT.detach()
+                last[m] = logp_NT.detach()
                 x = LossInputs(
                     logp_NT, old[m], pad_rows([c.sampler_logp for g in part for c in g.completions]).to(device), ref[m],
                     entropy_NT, advantage_BG[m * size : (m + 1) * size].reshape(-1).to(device), mask[m],
@@ -103,6 +107,17 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
     metrics |= tokens.result(engine) | engine.reduce({"loss": loss_sum})
     metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
     run.tokens += int(engine.reduce({"n": sum(len(g.prompt.prompt_ids) for g in groups)})["n"] + counts["tokens"])
+    if s.save_rollouts:
+        kept = engine.gather(record.parts(
+            groups, reward_BG=reward_BG, component_NR=component_NR, advantage_BG=advantage_BG, logp=last, old_logp=old,
+            entropy=entropy, ref_logp=ref if need.reference else None,
+        ))  # fmt: skip
+        if engine.rank == 0:
+            record.write(
+                run.folder, step + 1, kept, seed=s.seed, ranks=[len(groups)] * engine.world, micro_questions=size,
+                names=run.rewards.names, weights=run.rewards.weights, decode=policy.decode,
+                facts={"loss": metrics["loss"], "grad_norm": grad_norm, "entropy_cut": entropy_cut},
+            )  # fmt: skip
     if bonus := getattr(run.objective, "entropy", None):
         bonus.update(metrics["entropy"])
     return metrics, _samples(step, questions, groups, scores, advantage_BG, run.rewards.names), groups
