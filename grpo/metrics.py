@@ -23,7 +23,7 @@ MEANING = {
     "entropy": "entropy of the next-token distribution in nats, mean over the step's tokens",
     "ratio/mean": "importance ratio π/π_old (also ratio/max, ratio/min); 1 at the first update of a rollout",
     "clip_ratio/low_mean": "share of tokens where the lower clip binds (A < 0); clip_ratio/high_mean: the upper",
-    "sampling/sampling_logp_difference/mean": "|log π_old - log π_sampler| per token (also max): 0 when sync is exact",
+    "sampling/sampling_logp_difference/mean": "gap from log π_old to log π_sampler (also max): 0 when sync is exact",
     "sampling/importance_sampling_ratio/mean": "π_old/π_sampler per token (also min, max)",
     "loss": "the step's loss; near 0 on-policy, its gradient is not",
     "grad_norm": "gradient norm before clipping",

@@ -1,5 +1,6 @@
 """Every YAML composes, binds to its function's signature and builds; wrong keys are one clear line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_a_wrong_daily_key_is_named(override, message):
 
 def test_uneven_splits_are_refused():
     s = settings(composed("questions=6", "micro_questions=2"))
-    assert s.check_ranks(1) == 3
+    assert (s.check_ranks(1), s.check_ranks(3)) == (3, 1)
     with pytest.raises(ConfigError, match="4 ranks"):
         s.check_ranks(4)
     with pytest.raises(ConfigError, match="micro_questions=2"):
@@ -111,6 +112,19 @@ def test_type_checks():
     assert check_type("k", None, int | None) is None
     with pytest.raises(ConfigError, match="k must be int or null"):
         check_type("k", True, int | None)
+    with pytest.raises(ConfigError, match="k must be float"):
+        check_type("k", True, float)
+
+
+def test_components_in_lists_are_checked_too():
+    node = OmegaConf.create({"parts": [{"_target_": "grpo.optim.Schedule", "warmpu": 1}]})
+    with pytest.raises(ConfigError, match=r"parts\[0\]\.warmpu: .*did you mean 'warmup'"):
+        check_targets(node)
+
+
+def test_what_a_component_refuses_is_reported_with_its_key():
+    with pytest.raises(ConfigError, match=r"loss: loss\.beta must be at least 0, got -1"):
+        build(composed("loss.beta=-1").loss, "loss")
 
 
 def test_run_name(tmp_path):
@@ -120,3 +134,7 @@ def test_run_name(tmp_path):
     (tmp_path / "old" / "checkpoints").mkdir(parents=True)
     (tmp_path / "old" / "checkpoints" / "last.json").write_text("{}")
     assert run_name(None, True, str(tmp_path)) == "old"
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "new" / "checkpoints" / "last.json").write_text("{}")
+    os.utime(tmp_path / "old" / "checkpoints" / "last.json", (0, 0))
+    assert run_name(None, True, str(tmp_path)) == "new"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.grpo.test_engine import free_port
+from tests.grpo.test_metrics import documented
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -70,6 +71,7 @@ def test_a_run_folder_holds_what_is_promised(work, straight):
                  "clip_ratio/high_mean", "grad_norm", "learning_rate", "step_time", "time/rollout",
                  "sampling/importance_sampling_ratio/mean"):  # fmt: skip
         assert name in metrics[1], name
+    assert [key for row in metrics for key in row if key != "step" and not documented(key)] == []
     samples = lines(work, "straight", "samples.jsonl")
     assert len(samples) == 6 * 4 * 4 and set(samples[0]["rewards"]) == {"accuracy", "format", "length"}
     assert (folder / "config.yaml").exists() and (folder / "curves.png").stat().st_size > 10_000

@@ -40,11 +40,21 @@ def fixed_groups(policy):
 
 
 def gradients(
-    checkpoint, *, stage, micro, pad="right", layout="shared", checkpointing=False, aggregated="sequence_mean"
+    checkpoint,
+    *,
+    stage,
+    micro,
+    pad="right",
+    layout="shared",
+    checkpointing=False,
+    aggregated="sequence_mean",
+    clip=1e9,
+    sgd=None,
+    poisoned=False,
 ):
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share = QUESTIONS // world
-    zero = zero_config(stage=stage, micro_batches=share // micro, clip=1e9, dtype="float32", world=world)
+    zero = zero_config(stage=stage, micro_batches=share // micro, clip=clip, dtype="float32", world=world)
     policy = Policy(checkpoint, LORA, prompt=make_prompt(), forward=layout, gradient_checkpointing=checkpointing,
                     zero3=zero if stage == 3 else None)  # fmt: skip
     policy.pad = pad
@@ -52,7 +62,8 @@ def gradients(
     for name, p in policy.named_parameters():
         if "lora_B" in name:  # not zero, so that A has a gradient too
             p.data = 0.1 * torch.randn(p.shape, generator=generator)
-    engine = Engine(policy, partial(torch.optim.AdamW, lr=1e-3), zero)
+    # lr=99: what counts is the one given to step
+    engine = Engine(policy, partial(torch.optim.SGD if sgd else torch.optim.AdamW, lr=99.0), zero)
     objective = Objective(
         beta=0.04, ratio=ratio.token, surrogate=partial(surrogate.clipped, clip_low=0.2, clip_high=0.2), kl=kl.k3,
         aggregate=partial(getattr(aggregate, aggregated), **({"length": 12} if aggregated == "constant" else {})),
@@ -60,7 +71,7 @@ def gradients(
     )  # fmt: skip
     everything = fixed_groups(policy)
     n_tokens = float(loss_mask(everything, True).sum())
-    advantage = torch.linspace(-1.5, 2.0, QUESTIONS * COPIES)
+    advantage = torch.linspace(-1.5, 2.0, QUESTIONS * COPIES) * (float("nan") if poisoned else 1.0)
     mine = range(rank * share, (rank + 1) * share)
     audio = policy.encode_audio([everything[b].prompt for b in mine])
     total = 0.0
@@ -79,7 +90,10 @@ def gradients(
         if i + micro < share:
             engine.end_micro_batch()
     grads = engine.gradients()
-    norm = engine.step(1e-3)
+    try:
+        norm = engine.step(sgd or 1e-3)
+    except FloatingPointError:
+        norm = -1.0
     with engine.gathered():
         weights = {f"after/{n}": p.detach().clone() for n, p in engine.trainable.items()}
     loss = engine.reduce({"loss": total})["loss"]
@@ -88,6 +102,8 @@ def gradients(
         **weights,
         "loss": torch.tensor([loss], dtype=torch.float64),
         "norm": torch.tensor([norm], dtype=torch.float64),
+        "ranks": torch.tensor(engine.gather([rank] * (rank + 1))),
+        "ends": torch.tensor([engine.reduce({"rank": float(rank)}, how)["rank"] for how in ("min", "max", "sum")]),
     }
 
 

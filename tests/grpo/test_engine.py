@@ -22,6 +22,9 @@ ONE = SPLITS | {
     "checkpointing-zero3": {"stage": 3, "micro": 2, "checkpointing": True},
     **{f"{a}-{m}": {"stage": 0, "micro": m, "aggregated": a} for a in ("token_mean", "constant") for m in (1, 4)},
 }
+SGD = {"sgd": {"stage": 0, "micro": 4, "sgd": 1.0}, "poisoned": {"stage": 0, "micro": 4, "poisoned": True}} | {
+    f"clipped-zero{stage}": {"stage": stage, "micro": 2, "sgd": 1.0, "clip": 1e-4} for stage in (0, 2, 3)
+}
 TWO = SPLITS | {f"{a}-1": {"stage": 0, "micro": 1, "aggregated": a} for a in ("token_mean", "constant")}
 
 
@@ -55,7 +58,7 @@ def run_worker(checkpoint, out, ranks, variants):
 @pytest.fixture(scope="module")
 def results(checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("gradients")
-    run_worker(checkpoint, out, 1, ONE)
+    run_worker(checkpoint, out, 1, ONE | SGD)
     run_worker(checkpoint, out, 2, TWO)
     return {p.stem: load_file(p) for p in out.glob("*.safetensors")}
 
@@ -87,3 +90,25 @@ def test_the_gradient_is_not_trivial_and_aggregates_differ(results):
     whole = results["1-whole"]
     assert whole["norm"].item() > 1e-3
     assert worst(whole, results["1-token_mean-4"]) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["1-clipped-zero0", "1-clipped-zero2", "1-clipped-zero3"])
+def test_clipping_scales_the_step_and_not_the_reported_norm(results, name):
+    # descent by lr * g and by lr * g * clip/norm, with lr 1 and clip 1e-4
+    plain, clipped, norm = results["1-sgd"], results[name], results["1-sgd"]["norm"].item()
+    assert clipped["norm"].item() == pytest.approx(norm, rel=1e-4)
+    for key in [k for k in plain if "lora_" in k and not k.startswith("after/")]:
+        moved = clipped[f"after/{key}"] - plain[f"after/{key}"]
+        assert (moved - plain[key] * (1 - 1e-4 / norm)).abs().max() <= 1e-6
+
+
+def test_a_gradient_that_is_not_finite_is_refused_before_the_step(results):
+    poisoned = results["1-poisoned"]
+    assert poisoned["norm"].item() == -1
+    assert all(poisoned[k].isfinite().all() for k in poisoned if k.startswith("after/"))
+
+
+def test_values_travel_between_ranks(results):
+    assert results["2-zero0-micro1"]["ranks"].tolist() == [0, 1, 1]
+    assert results["2-zero0-micro1"]["ends"].tolist() == [0, 1, 1]  # min, max, sum of the ranks' numbers
+    assert results["1-whole"]["ranks"].tolist() == [0]

@@ -1,12 +1,16 @@
 """Metrics are exact over micro-batches, and every one of them is documented."""
 
+import re
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
+from grpo import loop
 from grpo.batch import Completion, Encoded, Group
-from grpo.metrics import MEANING, Accumulator, as_markdown, group_metrics
+from grpo.metrics import MEANING, Accumulator, group_metrics
+from tests.grpo.test_loop import make_run
 
 
 class OneRank:
@@ -42,13 +46,67 @@ def test_group_metrics_by_hand():
     assert got["completions/clipped_ratio"] == 0.25
 
 
-def test_the_documentation_is_the_table():
-    assert (Path(__file__).parents[2] / "docs" / "metrics.md").read_text() == as_markdown() + "\n"
+class TwoRanks:
+    """Runs `measure` as each of two ranks; a reduction sees what both gave to the same call."""
+
+    def __init__(self, measure):
+        self.given = [[], []]
+        for self.rank in range(2):
+            self.merge = False
+            measure(self, self.rank)
+        self.merge, self.call = True, 0
+        self.result = measure(self, 0)
+
+    def reduce(self, values, how="sum"):
+        if not self.merge:
+            self.given[self.rank].append(dict(values))
+            return dict(values)
+        a, b = (given[self.call] for given in self.given)
+        self.call += 1
+        return {k: {"sum": a[k] + b[k], "max": max(a[k], b[k])}[how] for k in a}
 
 
-def test_every_metric_has_a_meaning():
-    families = ("rewards/", "completions/", "ratio/", "clip_ratio/", "sampling/", "time/")
-    known = set(MEANING) | {"step"}
-    for name in ("reward", "kl", "entropy", "grad_norm", "loss", "num_tokens", "epoch", "quarantined", "step_time"):
-        assert name in known
-    assert all(any(name.startswith(f) for name in MEANING) or f == "time/" for f in families)
+def test_metrics_do_not_depend_on_the_ranks():
+    prompt = Encoded("q", torch.zeros(3, dtype=torch.long), torch.zeros(1, 1), "sha")
+    groups = [
+        Group(prompt, tuple(Completion((1,) * n, (0.0,) * n, "", False, 0) for n in lengths))
+        for lengths in [(2, 3), (9, 4)]
+    ]
+    reward, component = torch.tensor([[1.0, 0.0], [2.0, 6.0]]), torch.tensor([[1.0], [0.0], [2.0], [6.0]])
+    value, mask = torch.tensor([[1.0, 5.0], [3.0, 7.0]]), torch.tensor([[True, True], [True, False]])
+
+    def measure(engine, rows):
+        tokens = Accumulator()
+        tokens.add(dict.fromkeys(("kl", "ratio/max", "ratio/min"), value[rows]), mask[rows])
+        n = torch.arange(4).view(2, 2)[rows].flatten()
+        return tokens.result(engine) | group_metrics(groups[rows], reward[rows], component[n], ["x"], 0, engine)
+
+    whole = measure(OneRank(), slice(0, 2))
+    assert TwoRanks(lambda engine, rank: measure(engine, slice(rank, rank + 1))).result == pytest.approx(whole)
+    assert whole["rewards/x/mean"] == 2.25  # population variance (1 + 0 + 4 + 36) / 4 - 2.25² = 5.1875
+    assert whole["rewards/x/std"] == pytest.approx(5.1875**0.5)
+
+
+def test_the_documentation_is_the_table(capsys):
+    runpy.run_module("grpo.metrics", run_name="__main__")
+    assert (Path(__file__).parents[2] / "docs" / "metrics.md").read_text() == capsys.readouterr().out
+    assert not any("|" in meaning for meaning in MEANING.values())  # it would end the table's cell
+
+
+def documented(key: str) -> bool:
+    """Whether the table has `key`: as a name, under a family such as `time/<stage>`, or after 'also' in a family."""
+    for name, meaning in MEANING.items():
+        also = [n for part in re.findall(r"\(also ([^)]*)\)", meaning) for n in part.split(", ")]
+        family = name.rpartition("/")[0]
+        known = [name, *re.findall(r"[\w<>]+/[\w<>/]+", meaning), *(n if "/" in n else f"{family}/{n}" for n in also)]
+        if any(re.fullmatch(re.sub("<[a-z]+>", "[^/]+", k), key) for k in known):
+            return True
+    return False
+
+
+def test_every_metric_of_a_step_has_a_meaning():
+    metrics, _ = loop.step(make_run(), 0)
+    assert len(metrics) > 20 and [key for key in metrics if not documented(key)] == []
+    assert documented("time/rollout") and not any(
+        map(documented, ("reward_max", "completions/tokens", "time", "kl/max"))
+    )

@@ -1,10 +1,12 @@
 """The policy hears the right audio everywhere, and its log-probs are transformers' own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from grpo.batch import Completion, Group
-from grpo.policy import Policy
+from grpo.policy import Policy, attention_bias
 from grpo.rollout import Sampling
 from grpo.rollout.hf import HFRollout
 from tests.conftest import LORA, make_clip, make_prompt, make_question
@@ -93,6 +95,20 @@ def test_layout_and_padding_side_change_nothing(policy, layout, pad):
     assert max((grads[n] - other_grads[n]).abs().max() for n in grads) <= 1e-6 * max(1.0, scale)
 
 
+def test_who_sees_whom():
+    # one padding token, two of the prompt, two of the first completion, one of the second
+    bias = attention_bias(torch.tensor([[-1, 0, 0, 1, 1, 2]]), torch.float32)
+    assert bias.shape == (1, 1, 6, 6) and set(bias.unique().tolist()) == {0.0, float("-inf")}
+    assert (bias[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0, 0, 0],  # itself, so that its softmax is finite
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 1, 1, 0, 0, 1],  # the prompt and itself, not the first completion
+    ]
+
+
 def test_swapping_the_clip_changes_rollout_policy_and_reference(policy):
     groups = groups_of(policy)
     swapped = with_prompts(policy, groups, [make_clip(9, 0.6), *CLIPS[1:]])
@@ -164,8 +180,10 @@ def test_stop_token_is_in_the_loss_and_nothing_after_it(policy):
 
 def test_empty_completion_is_survived(policy):
     prompt = policy.encode(QUESTIONS[0], CLIPS[0])
-    logp = logps(policy, [Group(prompt, (Completion((), (), "", True, 0), Completion((5,), (0.0,), "", True, 0)))])
-    assert logp.shape == (2, 1) and logp[0, 0] == 0 and logp[1, 0] != 0
+    some = Completion((5, 6, 7), (0.0,) * 3, "", True, 0)
+    logp = logps(policy, [Group(prompt, (Completion((), (), "", True, 0), some))])
+    alone = logps(policy, [Group(prompt, (some,))])
+    assert logp.shape == (2, 3) and (logp[0] == 0).all() and torch.allclose(logp[1], alone[0], atol=1e-5)
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(policy, checkpoint):
@@ -175,3 +193,46 @@ def test_gradient_checkpointing_gives_the_same_gradient(policy, checkpoint):
     other.load_adapter(policy.adapter())
     _, saved = gradients(other.train(), groups, "shared", "right")
     assert max((plain[n] - saved[n]).abs().max() for n in plain) <= 1e-6
+
+
+def test_lora_starts_from_its_seed_and_scales_by_alpha_over_r(checkpoint):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, same, other = (Policy(checkpoint, LORA | {"seed": s}, prompt=make_prompt()) for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    (name, a), *_ = [(k, v) for k, v in one.adapter().items() if "lora_A" in k]
+    assert torch.equal(a, same.adapter()[name]) and not torch.equal(a, other.adapter()[name])
+    assert one.thinker.model.layers[0].self_attn.q_proj.scaling == {"default": LORA["alpha"] / LORA["r"]}
+
+
+def test_an_adapter_of_another_shape_is_refused(policy):
+    tensors = policy.adapter()
+    name = next(iter(tensors))
+    for wrong in ({k: v for k, v in tensors.items() if k != name}, tensors | {name: tensors[name][:1]}):
+        with pytest.raises(ValueError, match=f"1 tensors differ, first '{name}'"):
+            policy.load_adapter(wrong)
+
+
+def test_ids_without_a_token_are_banned(policy):
+    assert policy.thinker.lm_head.out_features > len(policy.tokenizer)
+    assert set(range(len(policy.tokenizer), policy.thinker.lm_head.out_features)) <= set(policy.banned_ids)
+
+
+def test_decode_leaves_out_the_stop_token_and_nothing_else(policy):
+    ids = policy.tokenizer("rain")["input_ids"]
+    audio = policy.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    assert policy.decode([*ids, policy.stop_ids[0]]) == policy.decode(ids) == "rain"
+    assert policy.decode([*ids, audio]) == "rain<|AUDIO|>"
+
+
+@pytest.mark.parametrize(
+    ("question", "clip", "message"),
+    [
+        (make_question("x"), replace(make_clip(1), hz=8000), "clip at 8000 Hz, the model wants 16000"),
+        (make_question("x", question="<|AUDIO|>?"), make_clip(1), "2 audio slots"),
+        (make_question("x"), make_clip(1, 0.005), "no audio token"),
+    ],
+)
+def test_what_cannot_be_encoded_is_named(policy, question, clip, message):
+    with pytest.raises(ValueError, match=f"question x: .*{message}"):
+        policy.encode(question, clip)

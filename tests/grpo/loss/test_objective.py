@@ -149,3 +149,19 @@ def test_first_step_identities():
 def test_describe_prints_the_objective_with_its_numbers():
     text = objective("grpo", **{"loss.beta": 0.04, "loss.surrogate.clip_high": 0.28}).describe()
     assert "0.04" in text and "1+0.28" in text and "mean over completions" in text
+    assert "masked" not in text and "masked" in objective("grpo", **{"loss.mask_truncated": True}).describe()
+
+
+def test_clip_fractions_are_counted_at_the_objectives_own_bounds():
+    # ρ = 1.25 with A > 0 lies inside 1 + 0.28, and ρ = 0.75 with A < 0 outside 1 - 0.2
+    x = random_step(9, n=2, t=1)
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    x = replace(x, old_logp_NT=x.logp_NT - torch.tensor([[1.25], [0.75]]).double().log(), mask_NT=mask,
+                advantage_N=torch.tensor([1.0, -1.0], dtype=torch.float64))  # fmt: skip
+    metrics = objective("grpo", **{"loss.surrogate.clip_high": 0.28})(x).metrics
+    assert metrics["clip_ratio/high_mean"].sum() == 0 and metrics["clip_ratio/low_mean"].tolist() == [[0], [1]]
+
+
+def test_a_negative_beta_is_refused():
+    with pytest.raises(Exception, match=r"loss\.beta must be at least 0"):
+        objective("grpo", **{"loss.beta": -0.1})

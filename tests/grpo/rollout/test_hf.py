@@ -1,10 +1,13 @@
 """Sampling: seeded by name, without placeholders, from the distribution it reports."""
 
+from types import SimpleNamespace
+
 import torch
 
+from grpo.policy import Policy
 from grpo.rollout import Sampling, sample_seed
 from grpo.rollout.hf import Chooser, HFRollout
-from tests.conftest import make_clip, make_question
+from tests.conftest import LORA, make_clip, make_prompt, make_question
 
 
 def sample(policy, names, copies=2, **sampling):
@@ -71,3 +74,49 @@ def test_chooser_samples_the_distribution_that_it_reports():
     assert frequency[3] == 0
     assert ((frequency[:3] - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
     assert torch.allclose(chooser.logp[0], p.log()[drawn], atol=1e-6)
+
+
+def test_greedy_needs_no_seed(policy):
+    first, other = (sample(policy, ["x"], greedy=True, seed=seed) for seed in (0, 1))
+    assert ids(first) == ids(other) and ids(first)[0][0] == ids(first)[0][1]
+
+
+def test_rollouts_are_free_of_dropout_and_leave_the_mode_as_it_was(checkpoint):
+    def drawn(dropout, training):
+        policy = Policy(checkpoint, LORA | {"dropout": dropout}, prompt=make_prompt()).train(training)
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.data.fill_(0.1)
+        groups = sample(policy, ["x"], copies=2)
+        assert policy.training == training
+        return [c.sampler_logp for g in groups for c in g.completions]
+
+    assert drawn(0.9, True) == drawn(0.0, False)
+
+
+class Fixed:
+    """A policy that says [5, stop] and [5, 6], however it is asked."""
+
+    temperature, banned_ids, stop_ids, training = 1.0, (), [9], False
+
+    def eval(self):
+        return self
+
+    def train(self, mode):
+        return self
+
+    def decode(self, ids):
+        return str(ids)
+
+    def generate(self, prompts, copies, choose, max_tokens):
+        for _ in range(3):  # a third token is made where another row of the batch goes on
+            choose(None, torch.zeros(2, 10))
+        return [[5, 9], [5, 6]]
+
+
+def test_a_completion_ends_with_its_stop_token_and_knows_its_weights():
+    rollout = HFRollout(Fixed())
+    rollout.version = 4
+    stopped, cut = rollout.generate([SimpleNamespace(id="x")], 2, Sampling(max_tokens=2))[0].completions
+    assert (stopped.truncated, cut.truncated) == (False, True)  # both have as many tokens as the limit allows
+    assert len(stopped.sampler_logp) == len(cut.sampler_logp) == 2 and stopped.version == cut.version == 4

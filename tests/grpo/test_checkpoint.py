@@ -1,0 +1,69 @@
+"""A checkpoint is whole or not there, and the last and the best are the ones that stay."""
+
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo.checkpoint import Checkpoints, write_json
+
+
+def engine(value, loaded=None):
+    """An engine of one rank whose whole state is one number."""
+    return SimpleNamespace(
+        rank=0, gather=list, gathered=nullcontext, state=lambda: {"w/master": torch.tensor([float(value)])},
+        load_state=lambda tensors: loaded.append(tensors["w/master"].item()),
+    )  # fmt: skip
+
+
+POLICY = SimpleNamespace(save_adapter=lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"))
+
+
+def broken(folder):
+    raise OSError("disk full")
+
+
+def folders(path):
+    return sorted(p.name for p in path.iterdir() if p.is_dir())
+
+
+def test_the_last_comes_back_and_the_best_stays(tmp_path):
+    checkpoints, loaded = Checkpoints(tmp_path), []
+    assert checkpoints.load(engine(0, loaded)) is None and not loaded
+    for step, best in [(2, False), (4, True), (6, False), (8, False)]:
+        checkpoints.save(step, POLICY, engine(step), {"tokens": 10 * step}, best=best)
+    assert folders(tmp_path) == ["step-000004", "step-000008"]
+    assert Checkpoints(tmp_path).load(engine(0, loaded)) == {"step": 8, "tokens": 80} and loaded == [8.0]
+    assert json.loads((tmp_path / "best.json").read_text()) == {"folder": "step-000004"}
+    assert (tmp_path / "step-000008" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_killed_while_saving_keeps_the_checkpoint_before(tmp_path):
+    checkpoints, loaded = Checkpoints(tmp_path), []
+    checkpoints.save(2, POLICY, engine(2), {}, best=False)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(4, SimpleNamespace(save_adapter=broken), engine(4), {}, best=True)
+    assert "step-000004" not in folders(tmp_path) and not (tmp_path / "best.json").exists()
+    assert checkpoints.load(engine(0, loaded)) == {"step": 2} and loaded == [2.0]
+    checkpoints.save(4, POLICY, engine(4), {}, best=True)  # what the killed run left is not in the way
+    assert folders(tmp_path) == ["step-000004"]
+
+
+def test_every_file_of_a_checkpoint_is_written_before_it_is_named(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("grpo.checkpoint.os.replace", lambda a, b: seen.append((a.name, b.name, sorted(
+        p.name for p in a.iterdir()) if a.is_dir() else a.read_text())) or a.rename(b))  # fmt: skip
+    Checkpoints(tmp_path).save(2, POLICY, engine(2), {}, best=False)
+    names = [b for _, b, _ in seen]
+    assert names.index("step-000002") < names.index("last.json")
+    assert seen[names.index("step-000002")][2] == ["adapter_model.safetensors", "trainer.json", "trainer.safetensors"]
+
+
+def test_json_is_replaced_whole(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"x": 1})
+    monkeypatch.setattr("grpo.checkpoint.os.replace", lambda a, b: broken(a))
+    with pytest.raises(OSError, match="disk full"):
+        write_json(tmp_path / "a.json", {"x": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
