@@ -100,6 +100,9 @@ class Launch:
             "--enable-scale-out",  # the route that takes and gives token ids
             "--disable-uvicorn-access-log",
         ]  # fmt: skip
+        words += ["--max-num-batched-tokens", str(max(self.max_model_len, 8192))]
+        if not has_gpu():  # a seeded request whose prompt is cut in two ends vLLM on a CPU
+            words += ["--no-enable-chunked-prefill"]
         if self.kv_cache_gib is not None:
             words += ["--kv-cache-memory-bytes", str(int(self.kv_cache_gib * 2**30))]
         if has_gpu():
