@@ -38,9 +38,9 @@ class Checkpoints:
             write_json(temporary / "trainer.json", {"step": step, **state})
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            write_json(self.folder / "last.json", {"folder": final.name})
-            if best:
+            if best:  # before `last`: a run killed between the two repeats this step and names its best again
                 write_json(self.folder / "best.json", {"folder": final.name})
+            write_json(self.folder / "last.json", {"folder": final.name})
             keep = {self._named("last"), self._named("best")}
             for old in self.folder.glob("step-*"):
                 if old not in keep:

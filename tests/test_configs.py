@@ -94,6 +94,7 @@ def test_a_wrong_daily_key_is_named(override, message):
 def test_uneven_splits_are_refused():
     s = settings(composed("questions=6", "micro_questions=2"))
     assert (s.check_ranks(1), s.check_ranks(3)) == (3, 1)
+    assert settings(composed("questions=6", "micro_questions=4")).check_ranks(2) == 1  # no more than a rank has
     with pytest.raises(ConfigError, match="4 ranks"):
         s.check_ranks(4)
     with pytest.raises(ConfigError, match="micro_questions=2"):
@@ -122,9 +123,10 @@ def test_components_in_lists_are_checked_too():
         check_targets(node)
 
 
-def test_what_a_component_refuses_is_reported_with_its_key():
+@pytest.mark.parametrize("override", ["beta=-1", "loss.beta=-1"])
+def test_what_a_component_refuses_is_reported_with_its_key(override):
     with pytest.raises(ConfigError, match=r"loss: loss\.beta must be at least 0, got -1"):
-        build(composed("loss.beta=-1").loss, "loss")
+        build(composed(override).loss, "loss")
 
 
 def test_run_name(tmp_path):

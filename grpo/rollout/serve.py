@@ -100,6 +100,9 @@ class Launch:
             "--enable-scale-out",  # the route that takes and gives token ids
             "--disable-uvicorn-access-log",
         ]  # fmt: skip
+        words += ["--max-num-batched-tokens", str(max(self.max_model_len, 8192))]
+        if not has_gpu():  # a seeded request whose prompt is cut in two ends vLLM on a CPU
+            words += ["--no-enable-chunked-prefill"]
         if self.kv_cache_gib is not None:
             words += ["--kv-cache-memory-bytes", str(int(self.kv_cache_gib * 2**30))]
         if has_gpu():
@@ -145,12 +148,14 @@ class Process:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1") if everywhere else launch.host
         self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
         self.keeper: subprocess.Popen | None = None
+        self.began = 0  # where in the log the present life begins
 
     def start(self) -> None:
         """Begin to start; `wait` for it. Raises ServerError when the port is taken."""
         refuse_taken(self.launch.host, self.port)
         keeper = [sys.executable, "-P", "-S", __file__, self.launch.exchange or "", *self.launch.command(self.port)]
-        with open(self.log, "wb") as log:
+        self.began = self.log.stat().st_size if self.log.exists() else 0  # what lives before it said stays to be read
+        with open(self.log, "ab") as log:
             self.keeper = subprocess.Popen(
                 keeper, env=self.launch.environment(), stdin=subprocess.PIPE, stdout=log, stderr=log,
                 start_new_session=True,  # Ctrl-C is for the trainer, which then ends the server in good order
@@ -174,7 +179,7 @@ class Process:
 
     def reason(self) -> str:
         """Why it died, as one line that says what to do where we know it, and its own last lines."""
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        text = self.log.read_bytes()[self.began :].decode(errors="replace") if self.log.exists() else ""
         lines = [line for line in text.splitlines() if line.strip()]
         hint = next((advice for sign, advice in HINTS if sign in text), "see its last lines")
         return "\n  ".join([hint, *lines[-12:]])

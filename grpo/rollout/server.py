@@ -20,6 +20,7 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import secrets
@@ -41,6 +42,7 @@ from grpo.batch import Completion, Encoded, Group
 from grpo.rollout import RolloutError, Sampling, check_prompt, group_seed, one_slot
 from grpo.rollout.serve import TOKEN, Launch, Process, ServerError, answers, choose_token, exchange_folder
 
+logger = logging.getLogger(__name__)
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
 NEVER = -1e30  # added to a logit: probability exactly 0 after the softmax, and JSON has no infinity
 
@@ -135,7 +137,8 @@ class Server:
 
     @property
     def healthy(self) -> bool:
-        return answers(self.url, self.token)
+        """Whether it answers within a time that a busy machine may need too."""
+        return answers(self.url, self.token, min(self.timeout, 30.0))
 
     def weight_version(self) -> str:
         return str(self.request("GET", "/weight_info").get("weight_version"))
@@ -462,6 +465,7 @@ class VLLMServer:
             except (Fault, ServerError) as fault:
                 seen.append(f"{server.url}: {fault}" if server.url not in str(fault) else str(fault))
                 self.faults += 1
+                logger.warning("rollout server, %s, try %d of %d: %s", name, attempt + 1, self.tries, seen[-1])
                 if self._stop.is_set():
                     break
                 try:
@@ -506,6 +510,8 @@ class VLLMServer:
             dead = getattr(fault, "hung", False) or (again and not isinstance(fault, Stale)) or not server.healthy
             if server.process is not None and (dead or not server.process.alive):
                 self.restarts += 1
+                why = "" if server.process.alive else f"; it said: {server.process.reason()}"
+                logger.warning("rollout server %s is started anew: %s%s", server.url, fault, why)
                 server.process.stop()
                 server.applied = -1
                 server.process.start()
@@ -515,6 +521,7 @@ class VLLMServer:
                     self.store.set(f"life/{server.index}", str(server.life))
                 server.connect()
             elif dead:
+                logger.warning("rollout server %s is left out until it answers again: %s", server.url, fault)
                 server.up, server.applied = False, -1  # it may come back empty
                 return
             elif isinstance(fault, Stale) or server.weight_version() != self._tag(self.version):
@@ -616,6 +623,7 @@ class VLLMServer:
             except (Fault, ServerError) as fault:
                 error = str(fault)
                 self.faults += 1
+                logger.warning("rollout server %s did not take weights, try %d: %s", server.url, attempt + 1, error)
                 time.sleep(0.5 if isinstance(fault, Raised) else 0.0)  # a dying engine is not known as dead at once
                 if isinstance(fault, Raised) and server.healthy:
                     raise RolloutError(f"{server.url}: {fault}") from fault

@@ -74,6 +74,9 @@ class VLLMRollout:
         if adapters:
             rank = next(r for r in RANKS if r >= policy.model.peft_config["default"].r)
             lora = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": rank}
+        # A seeded request whose prompt is computed in two parts ends vLLM on a CPU: "Generator does not use offset".
+        batches = {"enable_chunked_prefill": self.gpu, "max_num_batched_tokens": max(max_model_len, 8192)}
+        batches = {name: value for name, value in batches.items() if name not in (arguments or {})}
         try:
             with _guest(self.gpu):
                 from vllm import LLM
@@ -87,7 +90,7 @@ class VLLMRollout:
                     worker_extension_cls="grpo.sync.worker.Bridge", hf_overrides=HEAD,
                     # A plain engine on one of several ranks waits for the others for ever.
                     distributed_executor_backend="external_launcher" if ranks > 1 else None,
-                    **size, **lora, **dict(arguments or {}),
+                    **size, **lora, **batches, **dict(arguments or {}),
                 )  # fmt: skip
         except ValueError as error:
             if "KV cache" in str(error) or "kv cache" in str(error) or "cache blocks" in str(error):

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,8 @@ def test_metrics_do_not_depend_on_the_ranks():
         for lengths in [(2, 3), (9, 4)]
     ]
     reward, component = torch.tensor([[1.0, 0.0], [2.0, 6.0]]), torch.tensor([[1.0], [0.0], [2.0], [6.0]])
-    value, mask = torch.tensor([[1.0, 5.0], [3.0, 7.0]]), torch.tensor([[True, True], [True, False]])
+    # ranks with means 3 and 4.5 of one and of two tokens: 4 over all, both extremes on the second rank
+    value, mask = torch.tensor([[3.0, 9.0], [1.0, 8.0]]), torch.tensor([[True, False], [True, True]])
 
     def measure(engine, rows):
         tokens = Accumulator()
@@ -83,11 +85,13 @@ def test_metrics_do_not_depend_on_the_ranks():
 
     whole = measure(OneRank(), slice(0, 2))
     assert TwoRanks(lambda engine, rank: measure(engine, slice(rank, rank + 1))).result == pytest.approx(whole)
+    assert (whole["kl"], whole["ratio/min"], whole["ratio/max"]) == (4, 1, 8)
     assert whole["rewards/x/mean"] == 2.25  # population variance (1 + 0 + 4 + 36) / 4 - 2.25² = 5.1875
     assert whole["rewards/x/std"] == pytest.approx(5.1875**0.5)
 
 
-def test_the_documentation_is_the_table(capsys):
+def test_the_documentation_is_the_table(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "grpo.metrics")  # runpy warns of a module that is there already
     runpy.run_module("grpo.metrics", run_name="__main__")
     assert (Path(__file__).parents[2] / "docs" / "metrics.md").read_text() == capsys.readouterr().out
     assert not any("|" in meaning for meaning in MEANING.values())  # it would end the table's cell

@@ -85,6 +85,15 @@ def test_another_prompt_is_an_error(policy, engine, monkeypatch):
         check_prompt(prompt, [*prompt.prompt_ids[:2].tolist(), 0])
 
 
+def test_more_prompt_tokens_than_a_batch_holds(policy):
+    # a seeded prompt that is computed in two parts ended vLLM on a CPU: "CPU Generator does not use offset"
+    small = make_engine(policy, arguments={"max_num_batched_tokens": 512})
+    prompts = [replace(p, id=f"{p.id} {i}") for i in range(12) for p in questions(policy)]
+    groups = small.generate(prompts, 4, Sampling(12))
+    assert sum(len(p.prompt_ids) for p in prompts) > 2 * 512 and gap(policy, groups) <= 1e-5
+    small.close()
+
+
 @pytest.mark.parametrize("name", ["top_p", "top_k", "min_p"])
 def test_settings_that_bias_the_ratio_are_refused_unless_asked_for(policy, name):
     value = {"top_p": 0.9, "top_k": 5, "min_p": 0.1}[name]

@@ -100,10 +100,13 @@ def test_with_lag_it_is_repeatable_and_resumes_with_what_waited(work):
     train(work, *lag, "name=lag")
     train(work, *lag, "name=lag_resumed", "stop_at=3")
     train(work, *lag, "name=lag_resumed", "resume=true")
-    rows = lines(work, "lag")
+    rows, resumed = lines(work, "lag"), lines(work, "lag_resumed")
     versions = [row["version"] for row in lines(work, "lag", "samples.jsonl")]
     assert versions == [max(step - 1, 0) for step in range(6) for _ in range(16)]
-    assert timeless(lines(work, "lag_resumed")) == timeless(rows)
+    # the first probe of a new engine may round otherwise: its caches are empty
+    errors = [[row.pop("sync/probe_error", 0.0) for row in run] for run in (resumed, rows)]
+    assert max(map(max, errors)) <= 1e-5
+    assert timeless(resumed) == timeless(rows)
     assert lines(work, "lag_resumed", "samples.jsonl") == lines(work, "lag", "samples.jsonl")
     assert rows[2]["sampling/sampling_logp_difference/max"] > 1e-3  # one step off-policy, and weighed for it
     assert rows[2]["weights/sampler/mean"] != 1.0
