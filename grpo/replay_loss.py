@@ -26,6 +26,7 @@ import csv
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -211,13 +212,20 @@ def arms(run: Path, words: Sequence[str], config_dir: Path | None = None) -> tup
     """The run's own loss and those that the words ask for; and why the run's own is missing, where it is.
 
     Composed from conf/ and `config_dir` with the overrides the run was started with; nothing is built from its files.
+    Raises ReplayError or grpo.config.ConfigError, and what Hydra raises for a choice that there is not.
     """
+    from hydra import initialize_config_module
+
+    with initialize_config_module("conf", version_base="1.3"):
+        return _arms(Path(run), words, config_dir)
+
+
+def _arms(run: Path, words: Sequence[str], config_dir: Path | None) -> tuple[list[Arm], str | None]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
     from grpo.config import build, check_call, check_targets
 
-    run = Path(run)
     for name in ("config.yaml", ".hydra/overrides.yaml"):
         if not (run / name).exists():
             raise ReplayError(f"{run}/{name} is missing: is {run} a run folder?")
@@ -270,12 +278,11 @@ def arms(run: Path, words: Sequence[str], config_dir: Path | None = None) -> tup
 
 def _composed(overrides: Sequence[str], config_dir: Path | None):
     """(resolved config, name of the loss) of conf/train.yaml with these overrides."""
-    from hydra import compose, initialize_config_module
+    from hydra import compose
     from omegaconf import OmegaConf
 
     path = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
-    with initialize_config_module("conf", version_base="1.3"):
-        whole = compose("train", [*path, *overrides], return_hydra_config=True)
+    whole = compose("train", [*path, *overrides], return_hydra_config=True)
     label = whole.hydra.runtime.choices.loss
     cfg = OmegaConf.masked_copy(whole, [k for k in whole if k != "hydra"])
     OmegaConf.resolve(cfg)
@@ -359,13 +366,14 @@ def draw(results: Sequence[Replayed], path: Path) -> None:
         mean = (r.weight_NT.abs() * r.mask_NT).sum(0) / counted.clamp_min(1)
         by_place.plot([t + 1 for t in range(len(mean)) if counted[t]], mean[counted > 0].tolist(), **style)
     by_size.set(title="weights |w| of the tokens, largest first", xlabel="% of the tokens", yscale="symlog")
-    by_place.set(title="mean |w| by place in the completion", xlabel="token")
-    by_size.legend(fontsize=7)
+    by_place.set(title="mean |w| by place in the completion", xlabel="token", yscale="symlog")
     places = range(len(results))
     names = [r.name for r in results]
     norms.barh(places, [r.figures["grad norm"] for r in results], color=[colours[a % 20] for a in places])
-    norms.set(title="gradient norm", yticks=list(places), yticklabels=names)
+    norms.set(title="gradient norm, and the colours", yticks=list(places), yticklabels=names)
     norms.invert_yaxis()
+    if all(r.figures["grad norm"] > 0 for r in results):
+        norms.set_xscale("log")
     table_AA = cosines(results)
     similar.imshow(table_AA, vmin=-1, vmax=1, cmap="RdBu")
     similar.set(title="cosine between gradients", xticks=list(places), yticks=list(places), yticklabels=names)
@@ -407,10 +415,11 @@ def main(arguments: list[str] | None = None) -> None:
         state = record.facts.get("entropy_state")
         if arm.advantage is None and state and getattr(arm.loss, "entropy", None) is not None:
             arm.loss.entropy.load_state(state)
+    began = time.perf_counter()
     results, worst = replay(record, policy, chosen, dropout=given.adapter is None)
-    tokens = int(record.mask(False).sum())
+    seconds = time.perf_counter() - began
     print(f"{given.run} step {record.step}: {len(record.groups)} questions x {record.group_size} completions, "
-          f"{tokens} tokens")  # fmt: skip
+          f"{int(record.mask(False).sum())} tokens, under {len(chosen)} losses in {seconds:.1f} s")  # fmt: skip
     if given.adapter is None:
         print(f"log π is the recorded one within {worst:.1e}"
               + ("" if worst < 0.05 else ": NOT the same policy; another base model, or other code?"))  # fmt: skip

@@ -116,7 +116,7 @@ def dead_groups(rows: Rows, limits: Limits) -> Finding | None:
             "dead_groups",
             f"{dead:.0%} of the groups have no reward difference, and with {right:.0%} right answers at least "
             f"{dead - right:.0%} of all groups are not even all right: they teach nothing",
-            "raise the temperature or num_generations, use dynamic sampling, start from easier questions",
+            "raise the temperature or generations, use dynamic sampling, start from easier questions",
         )
     if dead > limits.dead_at_all:
         solved = right is not None and right >= limits.solved
@@ -124,7 +124,7 @@ def dead_groups(rows: Rows, limits: Limits) -> Finding | None:
             "dead_groups",
             f"{dead:.0%} of the groups have no reward difference"
             + (f": with {right:.0%} right there is nothing left to learn from these questions" if solved else ""),
-            "take harder questions" if solved else "raise the temperature or num_generations, use dynamic sampling",
+            "take harder questions" if solved else "raise the temperature or generations, use dynamic sampling",
         )
     return None
 
@@ -154,7 +154,7 @@ def sampler_mismatch(rows: Rows, limits: Limits) -> Finding | None:
     return Finding(
         "sampler_mismatch",
         "the sampler and the trainer disagree: " + ", ".join(said),
-        "check the weight sync and the temperature, sample in the trainer's dtype, correct with token_tis or icepop",
+        "check the weight sync and the temperature, sample in the trainer's dtype, correct with loss=tis or icepop",
     )
 
 

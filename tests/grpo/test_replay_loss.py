@@ -248,8 +248,9 @@ def test_a_plain_function_can_stand_in_for_an_objective(recorded, policy):
 
 # ---------------------------------------------------------------- arms and the command, on a real run
 
-RUN = ["debug=one_step", "tracking=none", "max_tokens=40", "generations=6", "model.tiny.warm_start.steps=60", "updates=2", "micro_questions=2", "questions=4",
-       "model.lora.dropout=0.05", "loss=dapo", "loss.surrogate.clip_high=0.3", "beta=0.05"]  # fmt: skip
+RUN = ["debug=one_step", "tracking=none", "max_tokens=40", "generations=6", "model.tiny.warm_start.steps=60",
+       "updates=2", "micro_questions=2", "questions=4", "model.lora.dropout=0.05", "loss=dapo",
+       "loss.surrogate.clip_high=0.3", "beta=0.05"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
