@@ -51,7 +51,10 @@ class Settings:
     log_every: int
     samples_every: int
     encoded: int  # questions whose features stay in memory
-    save_rollouts: bool  # keep every step on disk for grpo.replay_loss
+    save_rollouts: bool | int  # keep every step, or every n-th, on disk for grpo.replay_loss
+    reference_every: int | None  # steps after which the policy becomes its own reference; null: the start stays it
+    dynamic_sampling_rounds: int  # rollouts a step at most, to find groups that teach; 1: off
+    dynamic_sampling_by: str  # what must differ in a group: reward, or the name of a component
     rollout_lag: int  # 1: the next step's completions are sampled while this step trains
     rollout_correction: str  # weight on the policy term for the sampler's distance: none, truncate or mask
     rollout_correction_level: str  # token or sequence
@@ -59,9 +62,16 @@ class Settings:
 
     def __post_init__(self):
         for name in ("questions", "generations", "micro_questions", "updates", "max_tokens", "think_words",
-                     "eval_every", "eval_batch", "checkpoint_every", "log_every", "samples_every"):  # fmt: skip
+                     "eval_every", "eval_batch", "checkpoint_every", "log_every", "samples_every",
+                     "dynamic_sampling_rounds"):  # fmt: skip
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name.replace('_every', '.every')} must be at least 1, got {getattr(self, name)}")
+                key = name.replace("_every", ".every").replace("_rounds", ".rounds")
+                raise ConfigError(f"{key} must be at least 1, got {getattr(self, name)}")
+        if self.reference_every is not None and self.reference_every < 1:
+            raise ConfigError(f"reference_every must be at least 1, or null, got {self.reference_every}")
+        if self.dynamic_sampling_rounds > 1 and self.rollout_lag:
+            raise ConfigError("dynamic_sampling asks further questions within a step, rollout.lag=1 samples the step "
+                              "ahead: choose one of them")  # fmt: skip
         for name in ("steps", "encoded"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -97,7 +107,7 @@ def settings(cfg: DictConfig) -> Settings:
     hints = typing.get_type_hints(Settings)
     for f in fields(Settings):
         nested = f.name.split("_")[0] in ("eval", "checkpoint", "log", "samples", "rollout")
-        key = f.name.replace("_", ".", 1) if nested else f.name
+        key = f.name.replace("_", ".", 1) if nested else f.name.replace("sampling_", "sampling.")
         values[f.name] = check_type(key, OmegaConf.select(cfg, key), hints[f.name])
     return Settings(**values)
 

@@ -10,6 +10,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,7 @@ class Engine:
         self.clip, self.micro_batches = config["gradient_clipping"], config["gradient_accumulation_steps"]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        self.anchor: dict[str, Tensor] | None = None  # the trainable weights of a refreshed reference
         self.optimizer = optimizer(list(self.trainable.values()))
         self.deepspeed, *_ = deepspeed.initialize(
             model=policy, optimizer=self.optimizer, model_parameters=list(self.trainable.values()), config=dict(config)
@@ -164,10 +166,40 @@ class Engine:
             parameters, modifier_rank=0 if write else None, enabled=self.stage == 3
         )
 
+    # ---------------------------------------------------------------- the reference policy
+
+    @contextmanager
+    def reference(self):
+        """Context in which the model is the reference: its adapter off, or as at the last `refresh_reference`."""
+        if self.anchor is None:
+            with self.policy.reference():
+                yield
+            return
+        mine = self._weights()
+        self._put_weights(self.anchor)
+        try:
+            yield
+        finally:
+            self._put_weights(mine)
+
+    def refresh_reference(self) -> None:
+        """Make the policy of this moment the reference from now on (TR-DPO, arXiv 2404.09656: the hard update)."""
+        self.anchor = self._weights()
+
+    def _weights(self) -> dict[str, Tensor]:
+        with self.gathered():
+            return {n: p.detach().clone() for n, p in self.trainable.items()}
+
+    def _put_weights(self, weights: Mapping[str, Tensor]) -> None:
+        with self.gathered(write=True):
+            for name, p in self.trainable.items():
+                p.data.copy_(weights[name])
+
     # ---------------------------------------------------------------- trainer state
 
     def state(self) -> dict[str, Tensor]:
-        """Float32 master weights (`NAME/master`) and optimizer state (`NAME/exp_avg`, ...), whole, on the CPU.
+        """Float32 master weights (`NAME/master`), optimizer state (`NAME/exp_avg`, ...) and, once refreshed, the
+        reference (`NAME/reference`), whole, on the CPU.
 
         The same at every stage and on any number of ranks; every rank must call.
         """
@@ -177,6 +209,7 @@ class Engine:
             for key, value in self.optimizer.state[self._parts[0] if self._parts else p].items():
                 whole = safe_get_full_optimizer_state(p, key) if self._parts and value.dim() else value
                 tensors[f"{name}/{key}"] = whole
+        tensors |= {f"{name}/reference": p for name, p in (self.anchor or {}).items()}
         return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -187,7 +220,7 @@ class Engine:
         first = next(iter(self.trainable))
         if odd := sorted(self.trainable.keys() ^ {k.rpartition("/")[0] for k in tensors}):
             raise ValueError(f"the trainer state does not fit the model: {len(odd)} weights differ, first {odd[0]!r}")
-        keys = {k.rpartition("/")[2] for k in tensors if k.startswith(f"{first}/")} - {"master"}
+        keys = {k.rpartition("/")[2] for k in tensors if k.startswith(f"{first}/")} - {"master", "reference"}
         counts = {k for k in keys if not tensors[f"{first}/{k}"].dim()}  # such as the steps taken: one value for all
         for part in self._parts or self.trainable.values():  # torch makes the state at the first step only
             self.optimizer.state[part] = {
@@ -199,9 +232,10 @@ class Engine:
             self._put(p, "master", tensors[f"{name}/master"])
             for key in keys - counts:
                 self._put(p, key, tensors[f"{name}/{key}"])
-        with self.gathered(write=True):
-            for name, p in self.trainable.items():
-                p.data.copy_(tensors[f"{name}/master"])
+        self._put_weights({name: tensors[f"{name}/master"] for name in self.trainable})
+        if f"{first}/reference" in tensors:
+            device = self.deepspeed.device
+            self.anchor = {n: tensors[f"{n}/reference"].to(device) for n in self.trainable}
 
     @property
     def _parts(self) -> list[Tensor]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from grpo import record
 from grpo.advantage import advantages
 from grpo.batch import Group, LossInputs, needs, pad_rows, quantile
-from grpo.metrics import Accumulator, group_metrics, mismatch
+from grpo.collect import Earned, collect
+from grpo.metrics import Accumulator, answer_metrics, group_metrics, mismatch
 from grpo.rollout import sample_seed
 
 
@@ -32,22 +33,11 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
     s, engine, policy, clock = run.settings, run.engine, run.policy, run.clock
     device, need = policy.device, needs(run.objective)
 
-    # ---------------------------------------------------------------- questions and rollout
-    questions, groups = run.rollouts.take(step)
-
-    # ---------------------------------------------------------------- rewards
-    with clock("reward"):
-        scores = run.rewards.score(
-            [c.text for g in groups for c in g.completions],
-            contexts=[
-                {"answer": q.answer, "choices": q.choices, "question": q.question, "n_tokens": len(c.token_ids),
-                 "truncated": c.truncated}
-                for q, g in zip(questions, groups, strict=True) for c in g.completions
-            ],
-        )  # fmt: skip
-        component_NR = torch.tensor(scores.components)
-        reward_BG = torch.tensor(scores.total).view(len(groups), s.generations)
-        failed_B1 = ~reward_BG.isfinite().all(1, keepdim=True)  # a reward that raised is not a reward of 0
+    # ---------------------------------------------------------------- questions, rollout, rewards
+    earned, sampling = collect(run, step)
+    groups = [e.group for e in earned]
+    component_NR = torch.tensor([row for e in earned for row in e.components])
+    reward_BG = torch.tensor([e.totals for e in earned])  # NaN where a reward raised, which is not a reward of 0
 
     # ---------------------------------------------------------------- the policy before the update
     with clock("update"):
@@ -55,27 +45,28 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
         micro = [(groups[i : i + size], audio[i : i + size]) for i in range(0, len(groups), size)]
         mask = [loss_mask(part, need.mask_truncated).to(device) for part, _ in micro]
         ref = [_frozen(engine, policy, *m, reference=True)[0] for m in micro] if need.reference else [None] * len(micro)
-        entropy_cut, earned_BG = None, reward_BG
+        entropy_cut, penalty_BG = None, torch.zeros_like(reward_BG)
         if need.kl_in_reward or need.entropy_quantile is not None:
             now = [_frozen(engine, policy, *m) for m in micro]
             if need.kl_in_reward:
                 penalty = [run.objective.kl_penalty(p, r, m) for (p, _), r, m in zip(now, ref, mask, strict=True)]
-                earned_BG = reward_BG - torch.cat(penalty).view_as(reward_BG).cpu()
+                penalty_BG = torch.cat(penalty).view_as(reward_BG).cpu()
             if need.entropy_quantile is not None:
                 mine = [entropy_NT[m].cpu() for (_, entropy_NT), m in zip(now, mask, strict=True)]
                 entropy_cut = quantile(engine.gather(mine), need.entropy_quantile)
 
     # ---------------------------------------------------------------- advantage: of the whole step, over all ranks
-    advantage_BG = _advantages(run, groups, earned_BG, component_NR, need.mask_truncated)
+    advantage_BG = _advantages(run, groups, reward_BG - penalty_BG, component_NR, need.mask_truncated)
 
     # ---------------------------------------------------------------- updates
     with clock("update"):
         counts = engine.reduce({"tokens": float(sum(m.sum() for m in mask)), "sequences": float(reward_BG.numel()),
                                 "micro": float(len(micro))})  # fmt: skip
         old, entropy, last = ([None] * len(micro) for _ in range(3))
-        if s.save_rollouts:
+        recording = s.save_rollouts and (step + 1) % s.save_rollouts == 0
+        if recording:
             record.save_adapter(run.folder, step + 1, policy, engine)
-        tokens, loss_sum = Accumulator(), 0.0
+        tokens, loss_sum, norms = Accumulator(), 0.0, []
         torch.manual_seed(sample_seed(s.seed, step, "dropout", engine.rank))  # a resumed run draws the same masks
         for update in range(s.updates):
             policy.train()
@@ -98,16 +89,20 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
                 if m < len(micro) - 1:
                     engine.end_micro_batch()
             learning_rate = run.schedule(step, s.steps)
-            grad_norm = engine.step(learning_rate)
+            norms.append(engine.step(learning_rate))
 
     run.version += 1
-    failures = len({f.index for f in scores.failures})
-    known_BG = reward_BG.masked_fill(failed_B1, 0.0)
-    metrics = group_metrics(groups, known_BG, component_NR, run.rewards.names, failures, engine)
-    metrics |= tokens.result(engine) | engine.reduce({"loss": loss_sum})
-    metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
-    run.tokens += int(engine.reduce({"n": sum(len(g.prompt.prompt_ids) for g in groups)})["n"] + counts["tokens"])
-    if s.save_rollouts:
+    metrics = sampling | group_metrics(groups, reward_BG, component_NR, run.rewards.names, engine)
+    metrics |= answer_metrics(earned, engine) | tokens.result(engine) | engine.reduce({"loss": loss_sum})
+    metrics |= {"grad_norm": norms[-1], "learning_rate": learning_rate}
+    if need.kl_in_reward:
+        metrics["kl_penalty/mean"] = engine.reduce({"sum": penalty_BG.sum().item()})["sum"] / counts["sequences"]
+    facts = {"loss": metrics["loss"], "grad_norm": norms[0], "entropy_cut": entropy_cut}  # of the first update
+    if bonus := getattr(run.objective, "entropy", None):
+        facts["entropy_state"] = bonus.state()
+        metrics["entropy_coefficient"] = bonus.coefficient
+        bonus.update(metrics["entropy"])
+    if recording:
         kept = engine.gather(record.parts(
             groups, reward_BG=reward_BG, component_NR=component_NR, advantage_BG=advantage_BG, logp=last, old_logp=old,
             entropy=entropy, ref_logp=ref if need.reference else None,
@@ -116,11 +111,9 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
             record.write(
                 run.folder, step + 1, kept, seed=s.seed, ranks=[len(groups)] * engine.world, micro_questions=size,
                 names=run.rewards.names, weights=run.rewards.weights, decode=policy.decode,
-                facts={"loss": metrics["loss"], "grad_norm": grad_norm, "entropy_cut": entropy_cut},
+                facts=facts,
             )  # fmt: skip
-    if bonus := getattr(run.objective, "entropy", None):
-        bonus.update(metrics["entropy"])
-    return metrics, _samples(step, questions, groups, scores, advantage_BG, run.rewards.names), groups
+    return metrics, _samples(step, earned, advantage_BG, run.rewards.names), groups
 
 
 def sync(run, groups: Sequence[Group]) -> dict[str, float]:
@@ -134,7 +127,7 @@ def sync(run, groups: Sequence[Group]) -> dict[str, float]:
 def _frozen(engine, policy, groups: Sequence[Group], audio, *, reference: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [N, T] without dropout or gradient: of the policy, or with its adapter off."""
     policy.eval()
-    with policy.reference() if reference else nullcontext():
+    with engine.reference() if reference else nullcontext():
         out = engine(groups, audio)
     policy.train()
     return out
@@ -151,17 +144,12 @@ def _advantages(run, groups: Sequence[Group], reward_BG: Tensor, component_NR: T
     return whole[engine.rank * b : (engine.rank + 1) * b] if engine.world > 1 else whole
 
 
-def _samples(step, questions, groups, scores, advantage_BG, names) -> list[dict]:
+def _samples(step: int, earned: Sequence[Earned], advantage_BG: Tensor, names: Sequence[str]) -> list[dict]:
     """One record a completion, for samples.jsonl."""
-    rows = []
-    for b, (question, group) in enumerate(zip(questions, groups, strict=True)):
-        for g, completion in enumerate(group.completions):
-            n = b * len(group.completions) + g
-            rows.append({
-                "step": step + 1, "id": question.id, "question": question.question, "choices": list(question.choices),
-                "gold": question.gold, "sample": g, "completion": completion.text, "truncated": completion.truncated,
-                "tokens": len(completion.token_ids), "rewards": dict(zip(names, scores.components[n], strict=True)),
-                "reward": scores.total[n], "advantage": advantage_BG[b, g].item(),
-                "clip_sha256": group.prompt.clip_sha256, "version": completion.version,
-            })  # fmt: skip
-    return rows
+    return [
+        {"step": step + 1, "id": q.id, "audio": str(q.audio), "start": q.start, "end": q.end, "question": q.question,
+         "choices": list(q.choices), "gold": q.gold, "sample": g, "completion": c.text, "truncated": c.truncated,
+         "tokens": len(c.token_ids), "rewards": dict(zip(names, e.components[g], strict=True)), "reward": e.totals[g],
+         "advantage": advantage_BG[b, g].item(), "clip_sha256": e.group.prompt.clip_sha256, "version": c.version}
+        for b, e in enumerate(earned) for q in [e.question] for g, c in enumerate(e.group.completions)
+    ]  # fmt: skip

@@ -8,17 +8,26 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Group, LossInputs
+from grpo.collect import Earned
+from rewards.accuracy import choice
+from rewards.tags import parse
 
 # name (or family) -> meaning. docs/metrics.md is this table.
 MEANING = {
     "reward": "weighted sum of the reward components, mean over the step's completions",
     "reward_std": "std of the reward within a group (sample std), mean over groups",
     "frac_reward_zero_std": "share of groups whose completions all have the same reward: they teach nothing",
+    "frac_all_right": "share of groups whose completions are all right by the reward `accuracy`; frac_all_wrong: none",
     "rewards/<name>/mean": "one reward component before its weight, mean over completions",
     "rewards/<name>/std": "the component's std over the step's completions",
     "rewards/failed": "completions whose reward raised or was not a number; their group gets advantage 0",
     "completions/mean_length": "tokens per completion, stop token included (also min_length, max_length)",
+    "completions/mean_terminated_length": "the same of completions that ended by themselves (also min, max)",
     "completions/clipped_ratio": "share of completions cut by the length limit",
+    "answers/<letter>": "share of completions whose answer is this option; answers/none: names no option",
+    "gold/<letter>": "share of questions whose right option this is",
+    "dynamic_sampling/rounds": "rollouts that the step took; dynamic_sampling/kept: share of all groups asked whose \
+rewards differ; dynamic_sampling/reward: mean reward of all completions asked, those not trained on included",
     "kl": "KL estimate against the reference per token, mean over the step's tokens; absent when beta is 0",
     "entropy": "entropy of the next-token distribution in nats, mean over the step's tokens",
     "ratio/mean": "importance ratio π/π_old (also ratio/max, ratio/min); 1 at the first update of a rollout",
@@ -26,8 +35,10 @@ MEANING = {
 clip_ratio/region_mean: either",
     "sampling/sampling_logp_difference/mean": "gap from log π_old to log π_sampler (also max): 0 when sync is exact",
     "sampling/importance_sampling_ratio/mean": "π_old/π_sampler per token (also min, max)",
-    "sampling/kl_k3": "k3 estimate of KL(sampler, trainer) per token; also sampling/weight_mean and \
-sampling/weight_square_mean of π/π_sampler: mean(w)²/mean(w²) is the share of tokens that effectively count",
+    "sampling/kl_k3": "k3 estimate of KL(sampler, trainer) per token",
+    "sampling/effective_sample_size": "mean(w)²/mean(w²), w = π/π_sampler: the share of tokens that really count",
+    "entropy_coefficient": "weight of an adaptive entropy bonus",
+    "kl_penalty/mean": "KL taken off a completion's reward (kl_in=reward), mean over completions",
     "weights/<name>/mean": "weight on the policy term (`sampler`: rollout.correction); weights/<name>/masked: zeros",
     "sync/probe_error": "largest gap in log-prob between engine and trainer after a sync (on its turn), in nats",
     "sync/bytes": "sent to each rollout engine by the step's sync; sync/changed: weight matrices that it changed there",
@@ -45,8 +56,8 @@ sampling/weight_square_mean of π/π_sampler: mean(w)²/mean(w²) is the share o
 def mismatch(x: LossInputs) -> dict[str, Tensor]:
     """How far the sampler's log-probs are from the trainer's, per token, under the field's names.
 
-    `sampling/weight_mean` and `sampling/weight_square_mean` are those of w = π_θ/π_sampler: the share of tokens that
-    effectively count is mean(w)² / mean(w²).
+    `sampling/weight_mean` and `sampling/weight_square_mean` are those of w = π_θ/π_sampler: Accumulator.result makes
+    the effective sample size of them.
     """
     gap_NT = x.old_logp_NT.detach() - x.sampler_logp_NT
     ratio_NT = gap_NT.clamp(-20, 20).exp()
@@ -79,37 +90,73 @@ class Accumulator:
         sums = engine.reduce(self.sums)
         count = max(sums.pop("count"), 1.0)
         extremes = engine.reduce(self.extremes, "max")
-        return {n: s / count for n, s in sums.items()} | {
-            n: (v if n.endswith("/max") else -v) for n, v in extremes.items()
-        }
+        out = {n: s / count for n, s in sums.items()}
+        if square := out.pop("sampling/weight_square_mean", 0.0):
+            out["sampling/effective_sample_size"] = out.pop("sampling/weight_mean") ** 2 / square
+        return out | {n: (v if n.endswith("/max") else -v) for n, v in extremes.items()}
 
 
-def group_metrics(groups: Sequence[Group], reward_BG: Tensor, component_NR: Tensor, names: Sequence[str], failed: int,
+def group_metrics(groups: Sequence[Group], reward_BG: Tensor, component_NR: Tensor, names: Sequence[str],
                   engine) -> dict[str, float]:  # fmt: skip
-    """Rewards and lengths over all ranks. `component_NR` are the components before weighting (NaN where one failed)."""
-    lengths = torch.tensor([len(c.token_ids) for g in groups for c in g.completions], dtype=torch.float64)
-    cut = sum(c.truncated for g in groups for c in g.completions)
+    """Rewards and lengths over all ranks. `component_NR`: components before weighting; NaN where a reward failed."""
+    completions = [c for g in groups for c in g.completions]
+    lengths = torch.tensor([len(c.token_ids) for c in completions], dtype=torch.float64)
+    ended = lengths[torch.tensor([not c.truncated for c in completions])]
+    failed = (~component_NR.isfinite()).any(1).sum().item()
+    reward_BG = reward_BG.masked_fill(~reward_BG.isfinite().all(1, keepdim=True), 0.0)
     spread_B = reward_BG.std(1) if reward_BG.shape[1] > 1 else torch.zeros(len(reward_BG))
     equal_B = (reward_BG == reward_BG[:, :1]).all(1)
     known = component_NR.double().nan_to_num(0.0)
-    sums = {"n": float(len(lengths)), "b": float(len(groups)), "reward": reward_BG.double().sum().item(),
+    sums = {"n": len(lengths), "b": len(groups), "reward": reward_BG.double().sum().item(),
             "reward_std": spread_B.double().sum().item(), "frac_reward_zero_std": equal_B.double().sum().item(),
-            "length": lengths.sum().item(), "cut": float(cut), "failed": float(failed)}  # fmt: skip
+            "length": lengths.sum().item(), "ended": len(ended), "ended_length": ended.sum().item(),
+            "failed": failed}  # fmt: skip
     for r, name in enumerate(names):
         sums |= {f"1/{name}": known[:, r].sum().item(), f"2/{name}": known[:, r].square().sum().item(),
                  f"0/{name}": component_NR[:, r].isfinite().double().sum().item()}  # fmt: skip
-    s = engine.reduce(sums)
-    ends = engine.reduce({"max": lengths.max().item(), "min": -lengths.min().item()}, "max")
+    if "accuracy" in names:
+        right_BG = known[:, list(names).index("accuracy")].view_as(reward_BG) > 0.5
+        sums |= {"all_right": right_BG.all(1).sum().item(), "all_wrong": (~right_BG.any(1)).sum().item()}
+    s = engine.reduce({name: float(value) for name, value in sums.items()})
+    nothing = torch.tensor([float("inf")], dtype=torch.float64)
+    ends = engine.reduce({"max": lengths.max().item(), "min": -lengths.min().item(),
+                          "ended_max": torch.cat([ended, -nothing]).max().item(),
+                          "ended_min": -torch.cat([ended, nothing]).min().item()}, "max")  # fmt: skip
     out = {"reward": s["reward"] / s["n"], "reward_std": s["reward_std"] / s["b"],
            "frac_reward_zero_std": s["frac_reward_zero_std"] / s["b"], "rewards/failed": s["failed"],
            "completions/mean_length": s["length"] / s["n"], "completions/min_length": -ends["min"],
-           "completions/max_length": ends["max"], "completions/clipped_ratio": s["cut"] / s["n"]}  # fmt: skip
+           "completions/max_length": ends["max"],
+           "completions/clipped_ratio": (s["n"] - s["ended"]) / s["n"]}  # fmt: skip
+    if s["ended"]:
+        out |= {"completions/mean_terminated_length": s["ended_length"] / s["ended"],
+                "completions/min_terminated_length": -ends["ended_min"],
+                "completions/max_terminated_length": ends["ended_max"]}  # fmt: skip
+    if "accuracy" in names:
+        out |= {f"frac_{name}": s[name] / s["b"] for name in ("all_right", "all_wrong")}
     for name in names:
         n = max(s[f"0/{name}"], 1.0)
         mean = s[f"1/{name}"] / n
         out[f"rewards/{name}/mean"] = mean
         out[f"rewards/{name}/std"] = max(s[f"2/{name}"] / n - mean**2, 0.0) ** 0.5
     return out
+
+
+def answer_metrics(earned: Sequence[Earned], engine) -> dict[str, float]:
+    """Which options are answered, and which are right: a policy that has collapsed to one letter shows here."""
+    rows = engine.gather([
+        (e.question.answer, len(e.question.choices), [_answered(c.text, e.question) for c in e.group.completions])
+        for e in earned
+    ])  # fmt: skip
+    answered = [letter for _, _, letters in rows for letter in letters]
+    out = {"answers/none": answered.count(None) / len(answered)}
+    for i in range(max(n for _, n, _ in rows)):
+        out[f"answers/{chr(ord('A') + i)}"] = answered.count(i) / len(answered)
+        out[f"gold/{chr(ord('A') + i)}"] = sum(gold == i for gold, _, _ in rows) / len(rows)
+    return out
+
+
+def _answered(text: str, question) -> int | None:
+    return choice(next(iter(parse(text).blocks["answer"]), None), question.choices)
 
 
 def as_markdown() -> str:

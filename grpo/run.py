@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.sampler import Sampler
 from grpo import loop
 from grpo.advantage import declared
-from grpo.batch import Group
+from grpo.batch import Group, needs
 from grpo.checkpoint import Checkpoints, write_json
 from grpo.config import ROLLOUT_KEYS, ConfigError, Settings, build, check_call, engine_keys, settings
 from grpo.display import Display
@@ -85,10 +85,19 @@ class Run:
             check_call(f"loss.{piece}", getattr(self.objective, piece), *positional)
         self._correct()
         self.rewards = build(cfg.rewards, "rewards")
+        if s.dynamic_sampling_by not in ("reward", *self.rewards.names):
+            raise ConfigError(f"dynamic_sampling.by={s.dynamic_sampling_by}: there is no such reward, only reward (the "
+                              f"sum), {', '.join(self.rewards.names)}")  # fmt: skip
+        if s.reference_every and not needs(self.objective).reference:
+            raise ConfigError(f"reference_every={s.reference_every}, but this loss has no KL term: give it a weight "
+                              f"(loss.beta=0.1)")  # fmt: skip
         self.schedule = build(cfg.optim.schedule, "optim.schedule")
 
         self.dataset = build(cfg.data, "data")
         self.sampler = Sampler(self.dataset.train, s.questions, s.seed)
+        if s.dynamic_sampling_rounds * s.questions > len(self.dataset.train):
+            raise ConfigError(f"dynamic_sampling.rounds={s.dynamic_sampling_rounds} x questions={s.questions}, but "
+                              f"there are only {len(self.dataset.train)} training questions")  # fmt: skip
         self.quarantined: dict[str, str] = {p.id: p.reason for p in self.dataset.problems if p.id}
 
         prompt = build(cfg.prompt, "prompt")
@@ -226,12 +235,14 @@ class Run:
         """What follows a step's updates: sync, evaluation, checkpoint, log. `step` counts from 1."""
         s = self.settings
         metrics = metrics | loop.sync(self, groups)
+        if s.reference_every and step % s.reference_every == 0:
+            self.engine.refresh_reference()
         best = False
         if step % s.eval_every == 0 or step == s.steps:
             now = metrics["accuracy/heldout"] = self.heldout_accuracy()
             best = now > state["accuracy/best"]
             state |= {"accuracy/final": now, "accuracy/best": max(state["accuracy/best"], now)}
-        state["completions"] += s.questions * s.generations
+        state["completions"] += s.questions * s.generations * int(metrics.get("dynamic_sampling/rounds", 1))
         metrics |= {"num_tokens": self.tokens, "epoch": self.sampler.epoch(step),
                     "quarantined": len(self.quarantined)}  # fmt: skip
         if best or step == end or step % s.checkpoint_every == 0:

@@ -12,6 +12,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo.multirun import register, todo
+
 
 def guard_packages() -> None:
     """`data`, `rewards` and `conf` are common names: make sure that ours, beside `grpo`, are the ones imported."""
@@ -28,14 +30,14 @@ def guard_packages() -> None:
 
 
 @hydra.main(config_path="pkg://conf", config_name="train", version_base="1.3")
-def run(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> float | None:
     # Imported here: --help and --cfg answer without waiting for torch.
     from grpo.config import ConfigError, check_targets
     from grpo.display import Display
     from grpo.rollout import RolloutError
     from grpo.sync.names import SyncError
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder, one_of_many = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().mode.name == "MULTIRUN"
     display = Display(int(os.environ.get("RANK", 0)), cfg.log.every)
     try:
         OmegaConf.resolve(cfg)
@@ -43,16 +45,18 @@ def run(cfg: DictConfig) -> None:
         if cfg.dry_run:
             from grpo.dryrun import dry_run
 
-            dry_run(cfg, display)
-            return
+            return dry_run(cfg, display)
+        if one_of_many and (cfg := todo(cfg, folder)) is None:
+            return display.say(f"{folder.name} is finished: nothing to do")
         from grpo.engine import stop_distributed
         from grpo.run import Run
 
-        Run(cfg, folder, display).train()
+        summary = Run(cfg, folder, display).train()
         stop_distributed()
+        return summary["accuracy/final"]  # what a sweeper (Optuna) looks at
     except (ConfigError, RolloutError, SyncError) as error:
         display.stop()
-        if HydraConfig.get().mode.name == "MULTIRUN":
+        if one_of_many:
             raise  # the other jobs go on; this one is listed as failed
         sys.exit(f"error: {error}")
 
@@ -62,6 +66,7 @@ def main() -> None:
 
     guard_packages()
     OmegaConf.register_new_resolver("run_name", run_name)
+    register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's short form hides where a real fault was
     try:
         run()

@@ -77,11 +77,11 @@ def test_the_loop_names_no_variant():
         for name in imports(ROOT / "grpo/loop.py")
         if name.startswith(("grpo", "data", "rewards"))
     }
-    assert ours <= {"grpo", "grpo.advantage", "grpo.batch", "grpo.metrics", "grpo.rollout", "data.audio"}
+    assert ours <= {"grpo", "grpo.advantage", "grpo.batch", "grpo.collect", "grpo.metrics", "grpo.rollout"}
 
 
 def test_files_that_must_stay_short():
-    for name, limit in [("grpo/train.py", 75), ("grpo/loop.py", 190)]:
+    for name, limit in [("grpo/train.py", 80), ("grpo/loop.py", 160)]:
         assert len((ROOT / name).read_text().splitlines()) <= limit
 
 

@@ -11,7 +11,7 @@ same run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -66,16 +66,21 @@ class Rollouts:
             self._ask(step + 1)
         return asked.questions, groups
 
+    def more(self, step: int, asked: Set[str]) -> tuple[Sequence, list[Group]]:
+        """A further batch of questions of `step`, without those `asked` before, and their groups (without lag)."""
+        self._ask(step, asked)
+        return self.take(step)
+
     def settle(self) -> None:
         """Wait until no rollout is on its way, so that the engine can take weights. Its error stays for `take`."""
         if self.asked is not None:
             with self.run.clock("rollout"):
                 self.asked.groups.exception()
 
-    def _ask(self, step: int) -> None:
+    def _ask(self, step: int, asked: Set[str] = frozenset()) -> None:
         run, s = self.run, self.run.settings
         with run.clock("data"):
-            questions, prompts = load_questions(run, step)
+            questions, prompts = load_questions(run, step, asked)
         arguments = prompts, s.generations, Sampling(s.max_tokens, s.seed, step)
         if self.pool:
             groups = self.pool.submit(run.rollout.generate, *arguments)
@@ -129,11 +134,14 @@ def _group(run, prompt: Encoded, record: Mapping) -> Group:
     ))  # fmt: skip
 
 
-def load_questions(run, step: int) -> tuple[list, list[Encoded]]:
-    """This rank's questions of `step`, encoded. An unreadable clip is quarantined on every rank and replaced."""
+def load_questions(run, step: int, asked: Set[str] = frozenset()) -> tuple[list, list[Encoded]]:
+    """This rank's questions of `step`, encoded; others than those `asked` before.
+
+    An unreadable clip is quarantined on every rank and replaced.
+    """
     share = run.settings.questions // run.engine.world
     while True:
-        questions = run.sampler.batch(step, frozenset(run.quarantined))
+        questions = run.sampler.batch(step, asked | run.quarantined.keys())
         mine = questions[run.engine.rank * share : (run.engine.rank + 1) * share]
         encoded, failed = [], []
         for question in mine:

@@ -1,0 +1,72 @@
+"""What a step trains on: its questions' completions and what they earned; by dynamic sampling only those that teach.
+
+Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group whose completions all earned the same has no advantage.
+With `dynamic_sampling.rounds` above 1, further questions are asked in its place, up to that many rollouts a step. Which
+groups are taken depends on the order of the questions alone, not on the number of ranks. When the rounds run out,
+groups that teach nothing fill the step: B and all denominators stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from data.question import Question
+from grpo.batch import Group
+
+
+@dataclass(frozen=True)
+class Earned:
+    """One question's G completions and their rewards. A reward that failed is NaN, and so is its completion's total."""
+
+    question: Question
+    group: Group
+    components: list[list[float]]  # [G][R], before weights
+    totals: list[float]  # [G]
+
+    def differs(self, component: int | None) -> bool:
+        """Whether the completions earned unequally: in one component, or in total with None. Failed ones do not."""
+        values = self.totals if component is None else [row[component] for row in self.components]
+        return all(map(isfinite, self.totals)) and len(set(values)) > 1
+
+
+def collect(run, step: int) -> tuple[list[Earned], dict[str, float]]:
+    """This rank's share of the step's questions, in order, and the metrics of dynamic sampling. Every rank calls."""
+    s, engine = run.settings, run.engine
+    mine = _score(run, *run.rollouts.take(step))
+    if s.dynamic_sampling_rounds == 1:
+        return mine, {}
+    component = None if s.dynamic_sampling_by == "reward" else run.rewards.names.index(s.dynamic_sampling_by)
+    asked, rounds = engine.gather(mine), 1
+    while sum(e.differs(component) for e in asked) < s.questions and rounds < s.dynamic_sampling_rounds:
+        asked += engine.gather(_score(run, *run.rollouts.more(step, {e.question.id for e in asked})))
+        rounds += 1
+    teach = [e for e in asked if e.differs(component)]
+    chosen = (teach + [e for e in asked if not e.differs(component)])[: s.questions]
+    known = [total for e in asked for total in e.totals if isfinite(total)]
+    share = s.questions // engine.world
+    return chosen[engine.rank * share : (engine.rank + 1) * share], {
+        "dynamic_sampling/rounds": float(rounds), "dynamic_sampling/kept": len(teach) / len(asked),
+        "dynamic_sampling/reward": sum(known) / max(len(known), 1),
+    }  # fmt: skip
+
+
+def _score(run, questions: Sequence[Question], groups: Sequence[Group]) -> list[Earned]:
+    """Rewards of this rank's groups. Counts the tokens that were made."""
+    made = sum(len(g.prompt.prompt_ids) + sum(len(c.token_ids) for c in g.completions) for g in groups)
+    run.tokens += int(run.engine.reduce({"n": float(made)})["n"])
+    with run.clock("reward"):
+        scores = run.rewards.score(
+            [c.text for g in groups for c in g.completions],
+            contexts=[
+                {"answer": q.answer, "choices": q.choices, "question": q.question, "n_tokens": len(c.token_ids),
+                 "truncated": c.truncated}
+                for q, g in zip(questions, groups, strict=True) for c in g.completions
+            ],
+        )  # fmt: skip
+    size = run.settings.generations
+    return [
+        Earned(q, g, scores.components[b * size : (b + 1) * size], scores.total[b * size : (b + 1) * size])
+        for b, (q, g) in enumerate(zip(questions, groups, strict=True))
+    ]
