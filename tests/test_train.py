@@ -184,6 +184,64 @@ def test_zero3_resumes(work):
     assert timeless(lines(work, "z3-resumed")) == timeless(lines(work, "z3"))
 
 
+LAB = ["loss=entropy_adaptive", "loss.beta=0.1", "loss.entropy.target=10", "loss.entropy.delta=0.01",
+       "advantage=batch_std", "reference_every=2", "dynamic_sampling.rounds=3", "dynamic_sampling.by=accuracy",
+       "save_rollouts=2", "model.lora.dropout=0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lab(work):
+    train(work, "name=lab", *LAB)
+    return lines(work, "lab")
+
+
+def test_a_renewed_reference_dynamic_sampling_and_a_bonus_with_memory(work, lab):
+    kl, rounds, bonus = ([row[name] for row in lab[1:]] for name in ("kl", "dynamic_sampling/rounds",
+                                                                     "entropy_coefficient"))  # fmt: skip
+    # the metrics are those of the first update: KL is 0 in the first step and in each after a renewal
+    assert [abs(k) < 1e-7 for k in kl] == [True, False] * 3
+    assert max(rounds) > 1 and sorted(bonus) == bonus and bonus[0] < bonus[-1]
+    assert json.loads((work / "outputs" / "lab" / "summary.json").read_text())["completions"] == sum(rounds) * 16
+    samples = lines(work, "lab", "samples.jsonl")
+    assert len(samples) == 6 * 16 and [key for row in lab for key in row if key != "step" and not documented(key)] == []
+    kept = sorted(p.name for p in (work / "outputs" / "lab" / "rollouts").iterdir())
+    assert kept == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_all_of_it_survives_a_stop(work, lab):
+    # after step 3 the reference is that of step 2 and the bonus has moved
+    train(work, "name=lab-resumed", *LAB, "stop_at=3")
+    train(work, "name=lab-resumed", *LAB, "resume=true")
+    assert timeless(lines(work, "lab-resumed")) == timeless(lab)
+    assert lines(work, "lab-resumed", "samples.jsonl") == lines(work, "lab", "samples.jsonl")
+
+
+def test_all_of_it_is_the_same_on_two_ranks_under_zero3(work, lab):
+    train(work, "name=lab-ranks", *LAB, "engine=zero3", ranks=2)
+    for a, b in zip(timeless(lines(work, "lab-ranks")), timeless(lab), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=2e-4, rel=1e-3), (a["step"], key)
+    assert [r["id"] for r in lines(work, "lab-ranks", "samples.jsonl")] == [
+        r["id"] for r in lines(work, "lab", "samples.jsonl")
+    ]
+
+
+def test_a_multirun_ends_in_a_report_and_runs_only_what_is_missing(work):
+    words = ["-m", "name=many", "steps=2", "loss=grpo,dr_grpo"]
+    done = train(work, *words, "micro_questions=2,3", ok=False)
+    folder = work / "multirun" / "many"
+    assert "4 runs, 2 failed" in done.stdout and "micro_questions=3 does not divide" in done.stdout
+    assert (folder / "report.html").exists()
+    ran = {p: p.stat().st_mtime_ns for p in folder.glob("*/metrics.jsonl")}
+    assert len(ran) == 2
+    # paired by design: at the first step all arms answer the same questions with the same words
+    one, two = (map(json.loads, (p.parent / "samples.jsonl").read_text().splitlines()[:16]) for p in ran)
+    assert [(r["id"], r["completion"]) for r in one] == [(r["id"], r["completion"]) for r in two]
+    train(work, *words, "micro_questions=2,4", "resume=true")
+    assert {p: p.stat().st_mtime_ns for p in ran} == ran and len(list(folder.glob("*/metrics.jsonl"))) == 4
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -199,6 +257,11 @@ def test_zero3_resumes(work):
         (["data=manifest", "data.train.path=nowhere.jsonl", "data.eval.path=nowhere.jsonl"], ["nowhere.jsonl"]),
         (["questions=5", "micro_questions=2"], ["micro_questions=2"]),
         (["resume=true", "name=none-there"], ["none-there"]),
+        (["dynamic_sampling.rounds=0"], ["error: dynamic_sampling.rounds must be at least 1, got 0"]),
+        (["dynamic_sampling.rounds=99"], ["rounds=99 x questions=4", "only 64 training questions"]),
+        (["dynamic_sampling.by=acc"], ["dynamic_sampling.by=acc", "accuracy, format, length"]),
+        (["dynamic_sampling.rounds=2", "rollout.lag=1"], ["dynamic_sampling", "rollout.lag=1"]),
+        (["reference_every=5", "loss.beta=0"], ["reference_every=5", "no KL term"]),
     ],
 )
 def test_mistakes_are_one_clear_line(work, overrides, words):

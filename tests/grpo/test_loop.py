@@ -88,6 +88,9 @@ class Engine:
     def together(self, call, error):
         return call()
 
+    def reference(self):
+        return self.policy.reference()
+
 
 class Rollout:
     """Completion g of question b has the token ids b, b + 1, ...; the sampler gave each a log-prob of -0.25."""
@@ -144,7 +147,8 @@ def make_run(*, beta=0.1, mask_truncated=False, updates=1, micro=2, rank=0, drop
     asked = [make_question(str(i), answer=2) for i in range(10)]
     run = Run(
         settings=SimpleNamespace(questions=8, generations=2, micro_questions=micro, updates=updates, max_tokens=5,
-                                 seed=3, steps=10, save_rollouts=False),
+                                 seed=3, steps=10, save_rollouts=False, dynamic_sampling_rounds=1,
+                                 dynamic_sampling_by="reward"),
         sampler=SimpleNamespace(batch=lambda step, bad: [q for q in asked if q.id not in bad][:8]),
         policy=policy, engine=Engine(policy, rank), rollout=Rollout(), rewards=Rewards(), objective=objective,
         advantage=group_mean, schedule=lambda step, steps: (step + 1) / steps, clock=lambda stage: nullcontext(),

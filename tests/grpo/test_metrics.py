@@ -3,6 +3,7 @@
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from grpo import loop
 from grpo.batch import Completion, Encoded, Group
-from grpo.metrics import MEANING, Accumulator, group_metrics
+from grpo.collect import Earned
+from grpo.metrics import MEANING, Accumulator, answer_metrics, group_metrics
+from tests.conftest import make_question
 from tests.grpo.test_loop import make_run
 
 
@@ -19,6 +22,9 @@ class OneRank:
 
     def reduce(self, values, how="sum"):
         return dict(values)
+
+    def gather(self, items):
+        return list(items)
 
 
 def test_token_metrics_do_not_depend_on_the_split():
@@ -39,12 +45,31 @@ def test_group_metrics_by_hand():
         for ns, cs in zip(lengths, cut, strict=True)
     ]
     component = torch.tensor([[1.0], [0.0], [1.0], [float("nan")]])  # the last reward raised
-    got = group_metrics(groups, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), component, ["accuracy"], 1, OneRank())
+    got = group_metrics(groups, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), component, ["accuracy"], OneRank())
     assert got["reward"] == 0.25 and got["frac_reward_zero_std"] == 0.5 and got["rewards/failed"] == 1
     assert got["reward_std"] == pytest.approx(0.5**0.5 / 2, abs=1e-7)  # sample stds sqrt(1/2) and 0
     assert got["rewards/accuracy/mean"] == pytest.approx(2 / 3)  # of the three that are known
     assert (got["completions/mean_length"], got["completions/min_length"], got["completions/max_length"]) == (5, 2, 8)
     assert got["completions/clipped_ratio"] == 0.25
+    ended = [got[f"completions/{which}_terminated_length"] for which in ("mean", "min", "max")]
+    assert ended == [pytest.approx(16 / 3), 2, 8]  # of 2, 6 and 8 tokens; the one of 4 was cut
+    assert (got["frac_all_right"], got["frac_all_wrong"]) == (0, 0)
+    cut = [Group(prompt, tuple(replace(c, truncated=True) for c in g.completions)) for g in groups]
+    got = group_metrics(cut, torch.ones(2, 2), torch.ones(4, 1), ["accuracy"], OneRank())
+    assert got["completions/clipped_ratio"] == 1 and not any("terminated" in name for name in got)
+    assert (got["frac_all_right"], got["frac_all_wrong"], got["frac_reward_zero_std"]) == (1, 0, 1)
+
+
+def test_answers_by_letter():
+    def one(answer, *texts):
+        completions = tuple(Completion((1,), (0.0,), text, False, 0) for text in texts)
+        group = Group(Encoded("q", torch.zeros(1, dtype=torch.long), torch.zeros(1, 1), "sha"), completions)
+        return Earned(make_question("q", answer=answer), group, [[0.0]] * len(texts), [0.0] * len(texts))
+
+    said = [f"<think>x</think><answer>{text}</answer>" for text in ("B", "b", "A", "no idea")]
+    got = answer_metrics([one(1, *said[:2]), one(1, *said[2:])], OneRank())
+    assert (got["answers/A"], got["answers/B"], got["answers/C"], got["answers/none"]) == (0.25, 0.5, 0, 0.25)
+    assert (got["gold/A"], got["gold/B"]) == (0, 1)
 
 
 class TwoRanks:
@@ -81,7 +106,7 @@ def test_metrics_do_not_depend_on_the_ranks():
         tokens = Accumulator()
         tokens.add(dict.fromkeys(("kl", "ratio/max", "ratio/min"), value[rows]), mask[rows])
         n = torch.arange(4).view(2, 2)[rows].flatten()
-        return tokens.result(engine) | group_metrics(groups[rows], reward[rows], component[n], ["x"], 0, engine)
+        return tokens.result(engine) | group_metrics(groups[rows], reward[rows], component[n], ["x"], engine)
 
     whole = measure(OneRank(), slice(0, 2))
     assert TwoRanks(lambda engine, rank: measure(engine, slice(rank, rank + 1))).result == pytest.approx(whole)
