@@ -1,7 +1,6 @@
 """Recorded steps: what is written is read back, and replaying it gives the live loss and gradient."""
 
 import csv
-import inspect
 import json
 import os
 import subprocess
@@ -18,7 +17,6 @@ from grpo import record, replay_loss
 from grpo.advantage import group_mean, group_std, opo
 from grpo.batch import Completion, Group, LossInputs, needs, pad_rows, quantile
 from grpo.lossdocs import ROOT, built
-from grpo.policy import Policy
 from grpo.record import RecordError
 from grpo.replay_loss import Arm, ReplayError, cosines, replay
 from tests.conftest import make_clip, make_question
@@ -163,15 +161,10 @@ def test_parts_that_are_not_those_of_the_ranks_are_refused(recorded):
                      decode=str)  # fmt: skip
 
 
-BONUS = pytest.mark.skipif(
-    len(inspect.signature(Policy.forward).parameters) < 4, reason="Policy.forward gives no gradient of the entropy yet"
-)
-
-
 @pytest.mark.parametrize(
     "name",
     ["grpo", "dr_grpo", "bnpo", "gspo", "cispo", "vespo", "group_mean", "high_entropy", "off_policy_mask", "tis",
-     pytest.param("entropy_bonus", marks=BONUS)],
+     "entropy_bonus"],
 )  # fmt: skip
 def test_loss_and_gradient_are_those_of_a_backward_through_the_model(recorded, policy, name):
     folder, parts = recorded
@@ -250,7 +243,7 @@ def test_a_plain_function_can_stand_in_for_an_objective(recorded, policy):
 
 RUN = ["debug=one_step", "tracking=none", "max_tokens=40", "generations=6", "model.tiny.warm_start.steps=60",
        "updates=2", "micro_questions=2", "questions=4", "model.lora.dropout=0.05", "loss=dapo",
-       "loss.surrogate.clip_high=0.3", "beta=0.05"]  # fmt: skip
+       "loss.surrogate.clip_high=0.3", "beta=0.05", "save_rollouts=2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
