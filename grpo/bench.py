@@ -51,8 +51,8 @@ def measure(cases: Mapping[str, Sequence[str]], shared: Sequence[str], *, rounds
     steps: dict[str, list] = {name: [] for name in cases}
     with tempfile.TemporaryDirectory() as out:
         for i in range(rounds):
-            for name, overrides in cases.items():
-                mine = one_run(Path(out) / f"{name}-{i}", [*shared, *overrides], skip)
+            for number, (name, overrides) in enumerate(cases.items()):
+                mine = one_run(Path(out) / f"{number}-{i}", [*shared, *overrides], skip)
                 steps[name] += mine
                 middle = statistics.median(step["step_time"] for step in mine)
                 print(f"{name}, round {i + 1} of {rounds}: {len(mine)} steps, median {middle:.3g} s", flush=True)
