@@ -22,7 +22,8 @@ MEANING = {
     "rewards/<name>/std": "the component's std over the step's completions",
     "rewards/failed": "completions whose reward raised or was not a number; their group gets advantage 0",
     "completions/mean_length": "tokens per completion, stop token included (also min_length, max_length)",
-    "completions/mean_terminated_length": "the same of completions that ended by themselves (also min, max)",
+    "completions/mean_terminated_length": "the same of those that ended by themselves (also \
+min_terminated_length, max_terminated_length)",
     "completions/clipped_ratio": "share of completions cut by the length limit",
     "answers/<letter>": "share of completions whose answer is this option; answers/none: names no option",
     "gold/<letter>": "share of questions whose right option this is",
