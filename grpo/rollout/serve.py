@@ -134,7 +134,7 @@ class Launch:
         if not has_gpu():
             # 0: the engine does the work itself, where vLLM would start one process more for a single CPU worker.
             more = "1" if self.tensor_parallel > 1 else "0"
-            # One thread: beside a trainer that has every core, more wait for each other (rollouts took 1.7 times longer).
+            # One thread: more would fight with the trainer for the cores (rollouts took 1.7 times as long).
             env |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": more, "OMP_NUM_THREADS": "1"}
         return env
 
