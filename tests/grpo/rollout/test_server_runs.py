@@ -50,7 +50,7 @@ def test_its_server_killed_at_random_moments_it_is_the_same_run(work, calm):
     command = [sys.executable, "-m", "grpo.train", *SMALL, *SERVER, "name=killed", f"steps={len(calm) - 1}"]
     run = subprocess.Popen(command, cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     moments, killed, log = random.Random(KILLS), 0, work / "outputs" / "killed" / "metrics.jsonl"
-    steps = sorted(moments.sample(range(1, len(calm) - 1), KILLS))  # lines that are written when it is killed
+    steps = sorted(moments.choices(range(1, len(calm) - 2), k=KILLS))  # lines that are written when it is killed
     while run.poll() is None and killed < KILLS:
         time.sleep(0.01)
         keepers = [pid for pid in children(run.pid) if "serve.py" in command_of(pid)]

@@ -195,8 +195,8 @@ def children(pid: int) -> list[int]:
     found, todo = [], [pid]
     while todo:
         pid = todo.pop(0)
-        for task in Path(f"/proc/{pid}/task").glob("*"):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it may end while we look
+            for task in Path(f"/proc/{pid}/task").iterdir():
                 todo += [int(p) for p in (task / "children").read_text().split()]
         found.append(pid)
     return found[1:]
