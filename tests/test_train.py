@@ -185,8 +185,8 @@ def test_zero3_resumes(work):
 
 
 LAB = ["loss=entropy_adaptive", "loss.beta=0.1", "loss.entropy.target=10", "loss.entropy.delta=0.01",
-       "advantage=batch_std", "reference_every=2", "dynamic_sampling.rounds=3", "dynamic_sampling.by=accuracy",
-       "save_rollouts=2", "model.lora.dropout=0"]  # fmt: skip
+       "advantage=batch_std", "reference_every=2", "dynamic_sampling.rounds=2", "save_rollouts=2",
+       "model.lora.dropout=0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -217,13 +217,13 @@ def test_all_of_it_survives_a_stop(work, lab):
 
 
 def test_all_of_it_is_the_same_on_two_ranks_under_zero3(work, lab):
-    train(work, "name=lab-ranks", *LAB, "engine=zero3", ranks=2)
-    for a, b in zip(timeless(lines(work, "lab-ranks")), timeless(lab), strict=True):
+    train(work, "name=lab-ranks", *LAB, "engine=zero3", "stop_at=4", ranks=2)
+    for a, b in zip(timeless(lines(work, "lab-ranks")), timeless(lab[:5]), strict=True):
         assert a.keys() == b.keys()
         for key in a:
             assert a[key] == pytest.approx(b[key], abs=2e-4, rel=1e-3), (a["step"], key)
     assert [r["id"] for r in lines(work, "lab-ranks", "samples.jsonl")] == [
-        r["id"] for r in lines(work, "lab", "samples.jsonl")
+        r["id"] for r in lines(work, "lab", "samples.jsonl")[: 4 * 16]
     ]
 
 
