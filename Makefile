@@ -58,7 +58,7 @@ train: $(STAMP) ## train; words like seed=1 are config overrides, EXPERIMENT=nam
 
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP) ## run the tests; TESTS=tests/grpo runs some
-	$(BIN)/python -m pytest -q -rs --durations=10 $(TESTS)
+	$(BIN)/python -m pytest -q -rs --durations=10 -n auto --maxprocesses=4 --dist=loadfile $(TESTS)
 
 bench: $(STAMP) ## seconds a step of every rollout engine, as ratios; ARGS='--rounds 1 --only hf vllm'
 	$(BIN)/python -m grpo.bench $(ARGS) $(HYDRA)

@@ -19,7 +19,7 @@ SMALL = {
 
 
 def test_medians_of_all_rounds_and_the_ratio(monkeypatch):
-    runs = {"a": iter([[1.0, 2.0], [9.0]]), "b": iter([[4.0], [4.0, 5.0]])}
+    runs = {"0": iter([[1.0, 2.0], [9.0]]), "1": iter([[4.0], [4.0, 5.0]])}
     seen = []
 
     def one_run(folder, overrides, skip):
@@ -27,10 +27,10 @@ def test_medians_of_all_rounds_and_the_ratio(monkeypatch):
         return [dict.fromkeys(bench.STAGES, t) for t in next(runs[folder.name[0]])]
 
     monkeypatch.setattr(bench, "one_run", one_run)
-    times = bench.measure({"a": ["x=1"], "b": []}, ["steps=2"], rounds=2, skip=1)
-    assert [name for name, *_ in seen] == ["a-0", "b-0", "a-1", "b-1"]  # they take turns
+    times = bench.measure({"a=1": ["x=1"], "b": []}, ["steps=2"], rounds=2, skip=1)
+    assert [name for name, *_ in seen] == ["0-0", "1-0", "0-1", "1-1"]  # in turns; a name may hold what a path may not
     assert seen[0][1:] == (["steps=2", "x=1"], 1)
-    assert times["a"]["step_time"] == [2.0, 1.0, 9.0] and times["b"]["time/sync"] == [4.0, 4.0, 5.0]
+    assert times["a=1"]["step_time"] == [2.0, 1.0, 9.0] and times["b"]["time/sync"] == [4.0, 4.0, 5.0]
     assert bench.table(times).splitlines()[-1].endswith("| 4 (4 to 5) | 2.00 |")
 
 
