@@ -90,7 +90,7 @@ def main() -> None:
         import torch
 
         if not torch.cuda.is_available():
-            sys.exit("skipped: no CUDA device here. `make bench` measures a tiny model on a CPU")
+            return print("skipped: no CUDA device here. `make bench` measures a tiny model on a CPU")
         from grpo.tiny import random_checkpoint
 
         folder = Path(".cache/random-7b").absolute()

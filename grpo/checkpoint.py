@@ -36,7 +36,9 @@ class Checkpoints:
         if engine.rank == 0:
             save_file(tensors, temporary / "trainer.safetensors")
             write_json(temporary / "trainer.json", {"step": step, **state})
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():  # saved before at this step: it stays whole until the new one has its name
+                shutil.rmtree(self._aside(final), ignore_errors=True)
+                os.replace(final, self._aside(final))
             os.replace(temporary, final)
             if best:  # before `last`: a run killed between the two repeats this step and names its best again
                 write_json(self.folder / "best.json", {"folder": final.name})
@@ -45,6 +47,8 @@ class Checkpoints:
             for old in self.folder.glob("step-*"):
                 if old not in keep:
                     shutil.rmtree(old)
+            for old in self.folder.glob(".old-*"):
+                shutil.rmtree(old)
         engine.gather([])
 
     def load(self, engine) -> dict | None:
@@ -57,7 +61,14 @@ class Checkpoints:
 
     def _named(self, which: str) -> Path | None:
         pointer = self.folder / f"{which}.json"
-        return self.folder / json.loads(pointer.read_text())["folder"] if pointer.exists() else None
+        if not pointer.exists():
+            return None
+        folder = self.folder / json.loads(pointer.read_text())["folder"]
+        return folder if folder.exists() else self._aside(folder)
+
+    @staticmethod
+    def _aside(folder: Path) -> Path:
+        return folder.with_name(f".old-{folder.name}")
 
 
 def write_json(path: Path, value) -> None:

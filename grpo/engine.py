@@ -38,6 +38,8 @@ def start_distributed() -> tuple[int, int]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if torch.cuda.is_available():  # before anything is made there: else every rank works on the first GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         # The shared-memory collectives need a compiler at run time and change no number; gloo is enough on CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -120,7 +120,11 @@ def sync(run, groups: Sequence[Group]) -> dict[str, float]:
     """Bring the rollout engine to the policy's weights; returns what the receipt says. `groups` are for its probe."""
     run.rollouts.settle()
     with run.clock("sync"):
-        return run.sync.push(run.version, groups).metrics()
+        metrics = run.sync.push(run.version, groups).metrics()
+    if hasattr(run.rollout, "restarts"):
+        metrics |= run.engine.reduce({"rollout/restarts": float(run.rollout.restarts),
+                                      "rollout/faults": float(run.rollout.faults)})  # fmt: skip
+    return metrics
 
 
 @torch.no_grad()

@@ -115,8 +115,12 @@ class Run:
         if hasattr(get_object(cfg.rollout._target_), "every_rank"):  # an engine with weights of its own takes a while
             display.say("starting the rollout engine ...")
         self.rollout = build(engine_keys(cfg.rollout), "rollout", policy=self.policy)
-        self.sync = build(cfg.sync, "sync", policy=self.policy, engine=self.engine, rollout=self.rollout)
-        self.rollouts = Rollouts(self, s.rollout_lag)
+        try:
+            self.sync = build(cfg.sync, "sync", policy=self.policy, engine=self.engine, rollout=self.rollout)
+            self.rollouts = Rollouts(self, s.rollout_lag)
+        except BaseException:
+            self.rollout.close()
+            raise
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.clock = Clock()
         self.encode = lru_cache(maxsize=s.encoded)(self._encode)
@@ -180,6 +184,13 @@ class Run:
 
     def train(self) -> dict:
         """Train to `steps` (or `stop_at`) and return the summary."""
+        try:
+            return self._train()
+        finally:
+            self.display.stop()
+            self.rollout.close()
+
+    def _train(self) -> dict:
         s, show = self.settings, self.display
         began = time.perf_counter()
         show.say(self.header())
@@ -220,9 +231,7 @@ class Run:
             self.checkpoints.save(trained, self.policy, self.engine, left, best=False)
             raise RolloutError(f"{error}\nThe checkpoint of step {trained} is written: when the cause is mended, go on "
                                f"with name={self.folder.name} resume=true") from error  # fmt: skip
-        finally:
-            show.stop()
-            self.rollout.close()
+        show.stop()
         summary = self._summary(state, end, time.perf_counter() - began)
         if self.rank == 0:
             log.summary(summary)

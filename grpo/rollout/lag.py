@@ -72,10 +72,11 @@ class Rollouts:
         return self.take(step)
 
     def settle(self) -> None:
-        """Wait until no rollout is on its way, so that the engine can take weights. Its error stays for `take`."""
+        """Wait until no rank's rollout is on its way, so that engines can take weights. An error stays for `take`."""
         if self.asked is not None:
             with self.run.clock("rollout"):
                 self.asked.groups.exception()
+                self.run.engine.gather([])  # rank 0 would push to a server that answers another rank
 
     def _ask(self, step: int, asked: Set[str] = frozenset()) -> None:
         run, s = self.run, self.run.settings

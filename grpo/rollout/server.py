@@ -41,6 +41,7 @@ from torch import Tensor
 from grpo.batch import Completion, Encoded, Group
 from grpo.rollout import RolloutError, Sampling, check_prompt, group_seed, one_slot
 from grpo.rollout.serve import TOKEN, Launch, Process, ServerError, answers, choose_token, exchange_folder
+from grpo.sync.broadcast import store as meeting_place
 
 logger = logging.getLogger(__name__)
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
@@ -87,6 +88,7 @@ class Server:
         self.life = 0  # counts its restarts: who saw an older life fail has nothing to mend any more
         self.applied = -1  # serial of the last push it took
         self.up = True
+        self.changing = False  # it was sent a part of a version
         self.adapter: str | None = None  # name of the one it holds
         self._connections = connections
         self.connect()
@@ -119,8 +121,8 @@ class Server:
         if reply.status_code in (408, 425, 429) or reply.status_code >= 500:
             raise Fault(f"{where} answered {reply.status_code}: {error_text(reply)}")
         if reply.status_code in (401, 403):
-            raise RolloutError(f"{where} answered {reply.status_code}: {error_text(reply)}; is rollout.token the token "
-                               f"it was started with?")  # fmt: skip
+            raise RolloutError(f"{where} answered {reply.status_code}: {error_text(reply)}; is {TOKEN} the token it "
+                               f"was started with?")  # fmt: skip
         if reply.status_code == 404:
             raise RolloutError(f"{where}: no such route; start the server as docs/rollout-server.md says")
         if reply.status_code >= 400:
@@ -143,7 +145,7 @@ class Server:
     def weight_version(self) -> str:
         return str(self.request("GET", "/weight_info").get("weight_version"))
 
-    def apply(self, push: Push, tag: Callable[[int], str]) -> None:
+    def apply(self, push: Push, tag: Callable[[int | str], str]) -> None:
         """Repeat `push` on this server. Caches are emptied before the version is named: a named version is usable."""
         if push.method is None:
             self._reset("/reset_prefix_cache")
@@ -151,11 +153,15 @@ class Server:
                 self._reset("/reset_mm_cache")
                 self._reset("/reset_encoder_cache")
             self.request("POST", "/update_weight_version", {"new_version": tag(push.arguments["version"])})
+            self.changing = False
         else:
             if push.once and self.index in push.asked:
                 raise RolloutError(f"{self.url} lost its weights, and a broadcast cannot be repeated: go on from a "
                                    f"checkpoint, or use sync.transport=direct")  # fmt: skip
             push.asked.add(self.index)
+            if not self.changing:  # an answer that spans the change names both, and is refused
+                self.request("POST", "/update_weight_version", {"new_version": tag("changing")})
+                self.changing = True
             arguments = dict(push.arguments)
             if push.file is not None and self.process is not None:
                 arguments["path"] = str(push.file)
@@ -222,9 +228,9 @@ class VLLMServer:
                  token: str | None = None, timeout: float = 300, start_timeout: float = 600, tries: int = 4,
                  backoff: float = 0.5, inflight: int = 64, log: str | None = None, host: str = "127.0.0.1",
                  max_model_len: int = 4096, max_num_seqs: int = 256, kv_cache_gib: float | None = 1.0,
-                 gpu_memory: float = 0.9, gpus: str | None = None, tensor_parallel: int = 1, adapters: bool = False,
-                 top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, biased_sampling: bool = False,
-                 arguments: Sequence[str] = ()):  # fmt: skip
+                 gpu_memory: float = 0.9, gpus: str | int | None = None, tensor_parallel: int = 1,
+                 adapters: bool = False, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
+                 biased_sampling: bool = False, arguments: Sequence[str] = ()):  # fmt: skip
         self.filters = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
         if self.filters != {"top_p": 1.0, "top_k": 0, "min_p": 0.0} and not biased_sampling:
             raise ServerError(f"{self.filters}: these cut the sampler's distribution but not the trainer's, so that "
@@ -238,13 +244,14 @@ class VLLMServer:
         self.backoff, self.inflight, self.adapters = backoff, inflight, adapters
         self._version, self.model = 0, None
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.exchange = exchange_folder() if self.rank == 0 else None
+        self.exchange = exchange_folder(shared=start) if self.rank == 0 else None
         self.restarts = self.faults = 0  # of this rank's view, for metrics
         self._serial, self._current, self._pending = -1, [], []  # pushes of the version held, and of the next one
         self._closed, self._stop = False, threading.Event()
         self._banned, self._stops = frozenset(policy.banned_ids), frozenset(policy.stop_ids)
         self.servers: list[Server] = []
         self.run = secrets.token_hex(4)  # names this run on the servers: another trainer's version 7 is not ours
+        self.store = None  # of several ranks
         atexit.register(self.close)
         known, failure = None, None
         if self.rank == 0:
@@ -253,24 +260,24 @@ class VLLMServer:
                     launch = {
                         "host": host, "token": choose_token(host, token), "max_model_len": max_model_len,
                         "max_num_seqs": max_num_seqs, "kv_cache_gib": kv_cache_gib, "gpu_memory": gpu_memory,
-                        "gpus": gpus, "tensor_parallel": tensor_parallel, "arguments": tuple(arguments),
+                        "tensor_parallel": tensor_parallel, "arguments": tuple(arguments),
                         "lora_rank": policy.model.peft_config["default"].r if adapters else 0,
                     }  # fmt: skip
-                    self._start(launch, count, port, log)
+                    self._start(launch, count, port, log, gpus_of_each(gpus, count, tensor_parallel))
                 else:
                     self._reach(urls, token)
-                self.refresh(0, audio_changed=False)
+                    self.call("bridge_reset")  # an earlier run may have left its weights
+                self.refresh(0, audio_changed=not start)
                 self.model = None  # version 0 is the checkpoint itself
                 known = [server.url for server in self.servers], self.token, self.run
             except Exception as error:  # told to the other ranks, which wait for us
                 failure = error
                 self.close()
-        self.store = None
         if self.world > 1:
             # Through it the others tell rank 0 of a server that only they see fail: `life` of each server, `complaint`.
             host = os.environ.get("MASTER_ADDR", "127.0.0.1")
             if self.rank == 0:
-                self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+                self.store = meeting_place(host, 0, master=True)
                 for server in self.servers:
                     self.store.set(f"life/{server.index}", "0")
             agreed = [known, None if failure is None else str(failure), self.store and self.store.port]
@@ -281,12 +288,13 @@ class VLLMServer:
             raise failure
         urls, self.token, self.run = known
         if self.rank:
-            self.store = dist.TCPStore(host, port_of_store, is_master=False)
+            self.store = meeting_place(host, port_of_store)
             self.servers = [self._server(i, url) for i, url in enumerate(urls)]
         elif self.world > 1:  # rank 0 may be waiting for the others in a collective when a server of theirs dies
             threading.Thread(target=self._watch, name="vllm-servers", daemon=True).start()
 
-    def _start(self, launch: Mapping, count: int, port: int | None, log: str | None) -> None:
+    def _start(self, launch: Mapping, count: int, port: int | None, log: str | None,
+               gpus: Sequence[str | None]) -> None:  # fmt: skip
         """Rank 0: start `count` servers and wait for all of them."""
         self.token = launch["token"]
         path, dtype = self.policy.thinker.name_or_path, str(self.policy.thinker.dtype).removeprefix("torch.")
@@ -294,7 +302,7 @@ class VLLMServer:
         logs.mkdir(parents=True, exist_ok=True)
         for i in range(count):
             one = Launch(model=str(path), dtype=dtype, port=None if port is None else port + i,
-                         exchange=str(self.exchange), **launch)  # fmt: skip
+                         exchange=str(self.exchange), gpus=gpus[i], **launch)  # fmt: skip
             process = Process(one, logs / f"vllm-{i}.log")
             self.servers.append(self._server(i, process.url, process))
             process.start()
@@ -552,7 +560,7 @@ class VLLMServer:
                         time.sleep(self.backoff)  # whoever asks it next will say so
             time.sleep(0.2)
 
-    def _tag(self, version: int) -> str:
+    def _tag(self, version: int | str) -> str:
         """Name of a version on the servers: of this run, so that two trainers cannot share one by mistake."""
         return f"{self.run}/{version}"
 
@@ -649,6 +657,20 @@ class VLLMServer:
         if self.exchange is not None:
             shutil.rmtree(self.exchange, ignore_errors=True)
         atexit.unregister(self.close)
+
+
+def gpus_of_each(gpus: str | int | None, count: int, each: int) -> list[str | None]:
+    """The devices of `count` servers, `each` to one: "1,2,3,4" for two of two is "1,2" and "3,4".
+
+    Raises ServerError when there are too few.
+    """
+    if gpus is None:
+        return [None] * count
+    names = [name.strip() for name in str(gpus).split(",")]
+    if len(names) < count * each:
+        raise ServerError(f"rollout.gpus={gpus} names {len(names)} GPUs, but {count} servers (rollout.count) of {each} "
+                          f"(rollout.tensor_parallel) need {count * each}")  # fmt: skip
+    return [",".join(names[i * each : (i + 1) * each]) for i in range(count)]
 
 
 def score_of(token: int, answer: Mapping) -> float:

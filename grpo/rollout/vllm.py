@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group
-from grpo.rollout import HEAD, Sampling, check_prompt, group_seed, one_slot
+from grpo.rollout import HEAD, RolloutError, Sampling, check_prompt, group_seed, one_slot
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, the only ones that vLLM knows
 
@@ -115,10 +115,14 @@ class VLLMRollout:
             completions = []
             for answer in sorted(out.outputs, key=lambda o: o.index):
                 ids = tuple(answer.token_ids)
+                cut = bool(ids) and ids[-1] not in policy.stop_ids
+                if answer.finish_reason not in ("stop", "length") or not ids or (cut and len(ids) < s.max_tokens):
+                    raise RolloutError(
+                        f"question {p.id}: a completion ended by {answer.finish_reason!r} after {len(ids)} of "
+                        f"{s.max_tokens} tokens: raise rollout.max_model_len above {len(p.prompt_ids)} + {s.max_tokens}"
+                    )
                 logp = tuple(at[i].logprob for i, at in zip(ids, answer.logprobs, strict=True))
-                completions.append(
-                    Completion(ids, logp, policy.decode(ids), ids[-1] not in policy.stop_ids, self.version)
-                )
+                completions.append(Completion(ids, logp, policy.decode(ids), cut, self.version))
             groups.append(Group(p, tuple(completions * (copies if s.greedy else 1))))  # vLLM takes no n>1 then
         if self.sleeps and not s.greedy:  # the update comes next; after an evaluation the next rollout does
             self.llm.sleep(level=1)

@@ -23,7 +23,7 @@ class Receipt:
     version: int  # now held by the engine
     keys: int = 0  # tensors sent; each matched a weight of the engine
     bytes: int = 0  # sent to each engine
-    changed: int = 0  # weight matrices that the engine now holds other values of
+    changed: int = 0  # weight matrices that the engine was given values for
     seconds: float = 0.0
     probe_error: float | None = None  # max |log-prob(engine) - log-prob(trainer)|, nats; None: not probed this time
 

@@ -7,8 +7,10 @@ back by repeating it: the run stops with a checkpoint, and `resume=true` begins 
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
@@ -18,23 +20,43 @@ from torch import Tensor
 LIMIT = timedelta(minutes=10)  # that any of the two waits for the other
 
 
-def store(address: str, port: int, ranks: int, *, master: bool = False) -> dist.TCPStore:
-    """Where the members meet. The master's `port` may be 0, for any free one; it is then its `.port`."""
-    return dist.TCPStore(address, port, ranks, is_master=master, timeout=LIMIT, wait_for_workers=False)
+def store(address: str, port: int, ranks: int | None = None, *, master: bool = False) -> dist.TCPStore:
+    """Where the members meet. The master's `port` may be 0, for any free one; it is then its `.port`.
+
+    It listens on `address` only: torch's own would on every interface, without asking who comes.
+    """
+    listen = {}
+    if master:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        own = socket.create_server((address, port), family=family)
+        port, listen = own.getsockname()[1], {"master_listen_fd": own.detach()}
+    return dist.TCPStore(address, port, ranks, is_master=master, timeout=LIMIT, wait_for_workers=False, **listen)
 
 
 def join(meeting: dist.TCPStore, rank: int, ranks: int, device: str):
     """A process group beside those that torch.distributed knows of. Returns when every member has called."""
     if device == "cuda":
-        return dist.ProcessGroupNCCL(meeting, rank, ranks)
-    return dist.ProcessGroupGloo(meeting, rank, ranks, LIMIT)
+        group = dist.ProcessGroupNCCL(meeting, rank, ranks)
+    else:
+        group = dist.ProcessGroupGloo(meeting, rank, ranks, LIMIT)
+    broadcast(group, torch.zeros(1, device=device))  # NCCL connects at the first use: here, where all are waited for
+    return group
 
 
-def broadcast(group, tensor: Tensor) -> None:
-    """From rank 0 to all of `group`, in place; returns when it has arrived here."""
+def broadcast(group, tensor: Tensor, others: Future | None = None) -> None:
+    """From rank 0 to all of `group`, in place; returns when it has arrived here.
+
+    Raises what `others`, their answer to the call that makes them listen, ended with before they had it all.
+    """
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
-    group.broadcast([tensor], options).wait()
+    work = group.broadcast([tensor], options)
+    while others is not None and not work.is_completed():  # NCCL's wait would queue behind a peer that is gone
+        if others.done() and (error := others.exception()):
+            group.abort()
+            raise error
+        time.sleep(0.001)
+    work.wait()
 
 
 class Broadcast:
@@ -61,5 +83,5 @@ class Broadcast:
         shapes = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
         answers = self.pool.submit(self.rollout.call, method, once=True, version=version, shapes=shapes)
         for tensor in tensors.values():
-            broadcast(self.group, tensor.contiguous())
+            broadcast(self.group, tensor.contiguous(), answers)
         return answers.result()

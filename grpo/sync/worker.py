@@ -70,14 +70,16 @@ class Bridge:
             module, which = module_of(name)
             pairs.setdefault(module, {})[which] = tensor.to(self.device)
         kept = self._bridge_kept(pairs)
-        weights = {name: tensor for members in kept.values() for name, tensor in members.items()}
         for module, pair in pairs.items():
-            name = f"{module}.weight"
-            if len(pair) < 2 or name not in weights:
+            if len(pair) < 2 or f"{module}.weight" not in kept.get(module, {}):
                 raise SyncError(f"{module} came with {' and '.join(pair)} for {sorted(kept.get(module, {}))}: a matrix "
                                 f"of the checkpoint and both halves of its adapter are wanted")  # fmt: skip
-            weights[name] = merged(weights[name].to(self.device), pair["A"], pair["B"], scale[module])
-        self.bridge_load(version, weights)
+        for group in whole_groups(pairs):  # one at a time: merged matrices of the whole model would fill a GPU
+            weights = {name: tensor for module in group for name, tensor in kept[module].items()}
+            for module in (m for m in group if m in pairs):
+                a, b, name = pairs[module]["A"], pairs[module]["B"], f"{module}.weight"
+                weights[name] = merged(weights[name].to(self.device), a, b, scale[module])
+            self.bridge_load(version, weights)
         return answer(tensors, len(pairs), version)
 
     def _bridge_kept(self, modules: Iterable[str]) -> dict[str, dict[str, Tensor]]:
@@ -103,7 +105,19 @@ class Bridge:
         for layer in layers:  # now, not after the last call: until then the loader may hold on to the sender's tensors
             finalize_layerwise_reload(layer, self.model_config)
         self._bridge_held = version
+        self.__dict__.setdefault("_bridge_touched", {}).update(dict.fromkeys(modules_of(tensors)))
         return answer(tensors, len(tensors), version)
+
+    def bridge_reset(self) -> int:
+        """Hold the checkpoint's own weights again, whatever an earlier run sent. Returns the number of modules."""
+        touched, index = list(self.__dict__.get("_bridge_touched", {})), self._bridge_checkpoint()
+        for group in whole_groups(touched):
+            tensors = [read(index, module, self.model_config.dtype) for module in group]
+            self.bridge_load(0, {name: tensor for weights in tensors for name, tensor in weights.items()})
+        if getattr(self.model_runner, "lora_manager", None) is not None:
+            self.model_runner.lora_manager.remove_all_adapters()
+        self._bridge_held, self._bridge_touched = 0, {}
+        return len(touched)
 
     def bridge_join(self, address: str, port: int, ranks: int) -> bool:
         """Join the trainer's rank 0 in a process group; it is rank 0 there, tensor-parallel worker r is 1 + r."""

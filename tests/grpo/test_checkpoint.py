@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there, and the last and the best are the ones that stay."""
 
 import json
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -49,6 +50,25 @@ def test_a_run_killed_while_saving_keeps_the_checkpoint_before(tmp_path):
     assert checkpoints.load(engine(0, loaded)) == {"step": 2} and loaded == [2.0]
     checkpoints.save(4, POLICY, engine(4), {}, best=True)  # what the killed run left is not in the way
     assert folders(tmp_path) == ["step-000004"]
+
+
+def test_saved_twice_at_one_step_and_killed_between_the_names(tmp_path, monkeypatch):
+    checkpoints, loaded, replace = Checkpoints(tmp_path), [], os.replace
+    checkpoints.save(2, POLICY, engine(2), {}, best=True)
+
+    def killed(a, b):
+        if a.name.startswith(".tmp-"):
+            raise KeyboardInterrupt
+        replace(a, b)
+
+    monkeypatch.setattr("grpo.checkpoint.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(2, POLICY, engine(3), {}, best=False)
+    monkeypatch.undo()
+    assert checkpoints.load(engine(0, loaded)) == {"step": 2} and loaded == [2.0]
+    checkpoints.save(2, POLICY, engine(3), {}, best=False)
+    assert checkpoints.load(engine(0, loaded)) == {"step": 2} and loaded == [2.0, 3.0]
+    assert folders(tmp_path) == ["step-000002"]
 
 
 def test_every_file_of_a_checkpoint_is_written_before_it_is_named(tmp_path, monkeypatch):

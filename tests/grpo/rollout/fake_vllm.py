@@ -80,6 +80,8 @@ class FakeVLLM:
     def rpc(self, method, kwargs):
         if method == "boom":
             return 500, {"error": {"message": "Call to collective_rpc method failed: key 'x' matched nothing"}}
+        if method == "bridge_reset":
+            self.weights = BASE
         if "path" in kwargs:
             with open(kwargs["path"], "rb") as file:
                 self.weights = hashlib.sha256(file.read()).hexdigest()

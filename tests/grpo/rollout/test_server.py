@@ -15,7 +15,7 @@ import torch
 from grpo.rollout import Sampling
 from grpo.rollout import serve as serve_module
 from grpo.rollout.serve import ServerError
-from grpo.rollout.server import RolloutError, VLLMServer
+from grpo.rollout.server import RolloutError, VLLMServer, gpus_of_each
 from tests.conftest import make_clip, make_question
 from tests.grpo.rollout.fake_vllm import FakeVLLM
 
@@ -175,7 +175,7 @@ def test_after_its_tries_the_engine_says_what_it_saw(fault, prompts, fakes, engi
 
 
 @pytest.mark.parametrize(("fault", "says"), [
-    ("400", "answered 400: as scripted"), ("401", "is rollout.token"), ("403", "is rollout.token"),
+    ("400", "answered 400: as scripted"), ("401", "is GRPO_SERVER_TOKEN"), ("403", "is GRPO_SERVER_TOKEN"),
     ("404", "no such route"), ("prompt", r"question q\d: the rollout engine read another prompt"),
 ])  # fmt: skip
 def test_what_repeating_cannot_mend_is_said_at_once(fault, says, prompts, fakes, engine):
@@ -213,13 +213,17 @@ def push(engine, version, audio_changed=False):
 def test_a_push_reaches_every_server_and_names_the_version(prompts, fakes, engine):
     both = engine(2)
     old = ids(both.generate(prompts, 2, SAMPLING))
+    fakes[0].log.clear()
     results = push(both, 1)
     assert [r["version"] for r in results] == [1, 1] and len({r["weights"] for r in results}) == 1
     groups = both.generate(prompts, 2, SAMPLING)
     assert ids(groups) != old and {c.version for g in groups for c in g.completions} == {1}
     assert len({f.version for f in fakes}) == 1
     paths = [path for path, _ in fakes[0].log]
-    assert paths.index("/reset_prefix_cache", paths.index("/collective_rpc")) < len(paths)
+    # first a name that no answer may bear, so that one which spans the change is refused; the version's own at the end
+    named = [body["new_version"] for path, body in fakes[0].log if path == "/update_weight_version"]
+    assert named == [f"{both.run}/changing", f"{both.run}/1"]
+    assert paths[:4] == ["/update_weight_version", "/collective_rpc", "/collective_rpc", "/reset_prefix_cache"]
     assert "/reset_encoder_cache" not in paths
     push(both, 2, audio_changed=True)
     assert {"/reset_encoder_cache", "/reset_mm_cache"} <= {path for path, _ in fakes[0].log}
@@ -269,7 +273,22 @@ def test_another_trainers_push_to_the_same_server_is_noticed(prompts, fakes, eng
 def test_a_method_that_raises_is_an_error_at_once(fakes, engine):
     with pytest.raises(RolloutError, match="matched nothing"):
         engine(2).call("boom")
-    assert sum(path == "/collective_rpc" for path, _ in fakes[0].log) == 1
+    assert sum(path == "/collective_rpc" and body["method"] == "boom" for path, body in fakes[0].log) == 1
+
+
+def test_a_new_run_takes_back_what_an_earlier_one_sent(prompts, fakes, engine):
+    first = engine()
+    expected = ids(first.generate(prompts, 2, SAMPLING))
+    push(first, 3)
+    assert ids(first.generate(prompts, 2, SAMPLING)) != expected
+    assert ids(engine().generate(prompts, 2, SAMPLING)) == expected
+
+
+def test_gpus_are_shared_out():
+    assert gpus_of_each(None, 2, 4) == [None, None] and gpus_of_each(3, 1, 1) == ["3"]
+    assert gpus_of_each("4, 5,6,7", 2, 2) == ["4,5", "6,7"]
+    with pytest.raises(ServerError, match=r"gpus=3 names 1 GPUs, but 2 servers"):
+        gpus_of_each(3, 2, 1)
 
 
 def test_score_asks_for_each_position_behind_the_tokens_before_it(policy, prompts, fakes, engine):
@@ -396,7 +415,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from grpo.rollout import serve
 serve.Launch.command = lambda self, port: [sys.executable, {str(fake)!r}, str(port), {str(tmp_path / "prompts.json")!r}]
-exchange = serve.exchange_folder()
+exchange = serve.exchange_folder(shared=True)
 launch = serve.Launch(model="x", dtype="float32", token="t", exchange=str(exchange))
 process = serve.Process(launch, exchange / "log")
 def start():

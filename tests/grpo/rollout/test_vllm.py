@@ -4,13 +4,14 @@ import gc
 import os
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from grpo.batch import Group
-from grpo.rollout import Sampling, check_prompt, group_seed, one_slot
+from grpo.rollout import RolloutError, Sampling, check_prompt, group_seed, one_slot
 from grpo.rollout.hf import HFRollout
 from tests.grpo.vllm_engines import gap, make_engine, make_policy, needs_vllm, questions, tokens
 
@@ -105,6 +106,16 @@ def test_asked_for_they_work_and_are_biased(policy):
     biased = make_engine(policy, top_k=2, biased_sampling=True)
     assert gap(policy, biased.generate(questions(policy), 4, Sampling(12))) > 0.1
     biased.close()
+
+
+@pytest.mark.parametrize(("ids", "reason"), [((5, 6), "length"), ((), "abort")])
+def test_a_completion_cut_short_of_its_limit_is_an_error(policy, engine, monkeypatch, ids, reason):
+    prompt = questions(policy)[0]
+    answer = SimpleNamespace(index=0, token_ids=ids, finish_reason=reason, logprobs=[])
+    out = SimpleNamespace(prompt_token_ids=prompt.prompt_ids.tolist(), outputs=[answer])
+    monkeypatch.setattr(engine, "_ask", lambda requests, settings: [out])
+    with pytest.raises(RolloutError, match=rf"{len(ids)} of 9 tokens: raise rollout\.max_model_len above"):
+        engine.generate([prompt], 1, Sampling(9))
 
 
 def test_a_missing_vllm_is_one_line(policy, monkeypatch):
