@@ -228,8 +228,8 @@ def test_all_of_it_is_the_same_on_two_ranks_under_zero3(work, lab):
 
 
 def test_a_multirun_ends_in_a_report_and_runs_only_what_is_missing(work):
-    words = ["-m", "name=many", "steps=2", "loss=grpo,dr_grpo"]
-    done = train(work, *words, "micro_questions=2,3", ok=False)
+    words, base = ["name=many", "steps=2", "loss=grpo,dr_grpo"], ["-m", *SMALL]
+    done = train(work, *words, "micro_questions=2,3", ok=False, base=base)
     folder = work / "multirun" / "many"
     assert "4 runs, 2 failed" in done.stdout and "micro_questions=3 does not divide" in done.stdout
     assert (folder / "report.html").exists()
@@ -238,7 +238,7 @@ def test_a_multirun_ends_in_a_report_and_runs_only_what_is_missing(work):
     # paired by design: at the first step all arms answer the same questions with the same words
     one, two = (map(json.loads, (p.parent / "samples.jsonl").read_text().splitlines()[:16]) for p in ran)
     assert [(r["id"], r["completion"]) for r in one] == [(r["id"], r["completion"]) for r in two]
-    train(work, *words, "micro_questions=2,4", "resume=true")
+    train(work, *words, "micro_questions=2,4", "resume=true", base=base)
     assert {p: p.stat().st_mtime_ns for p in ran} == ran and len(list(folder.glob("*/metrics.jsonl"))) == 4
 
 
