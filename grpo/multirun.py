@@ -60,7 +60,8 @@ class Multirun(Callback):
         swept = [o.key_or_group for o in given if o.is_sweep_override()]
         if swept and "hydra.sweep.subdir" not in asked:
             new["hydra.sweep.subdir"] = "${hydra.job.override_dirname}"
-            rest = ",".join(_quoted(k) for k in plain if k != "seed")  # a single seed may become several
+            # a single seed may become several; a word may be given twice, first plain and then swept
+            rest = ",".join(_quoted(k) for k in plain if k != "seed" and k not in swept)
             new["hydra.job.config.override_dirname.exclude_keys"] = f"[{rest}]"
         with read_write(config), open_dict(config):  # `overrides.hydra` is what every job is composed with
             config.hydra.overrides.hydra.extend([f"{k}={v}" for k, v in new.items()])
