@@ -26,7 +26,8 @@ def main(folder, *overrides):
     OmegaConf.resolve(cfg)
     run = Run(cfg, folder, Display(0, 1))
     write_provenance(cfg, folder, run.dataset.fingerprint, 0)
-    loop.step(run, 0)  # so that the adapter's B is not zero any more
+    _, _, groups = loop.step(run, 0)  # so that the adapter's B is not zero any more
+    loop.sync(run, groups)
 
     live, take = {}, run.engine.step
 
