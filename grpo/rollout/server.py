@@ -75,6 +75,7 @@ class Push:
     adapter: str | None = None  # name under which to load the file's folder as a LoRA adapter as well
     asked: set[int] = field(default_factory=set)  # servers to which it was sent, with or without an answer
     once: bool = False  # it cannot be repeated: what it carried is gone
+    weights: bool = False  # it changes them
     results: dict[int, list] = field(default_factory=dict)  # server -> one result a worker
 
 
@@ -159,7 +160,7 @@ class Server:
                 raise RolloutError(f"{self.url} lost its weights, and a broadcast cannot be repeated: go on from a "
                                    f"checkpoint, or use sync.transport=direct")  # fmt: skip
             push.asked.add(self.index)
-            if not self.changing:  # an answer that spans the change names both, and is refused
+            if push.weights and not self.changing:  # an answer that spans the change names both, and is refused
                 self.request("POST", "/update_weight_version", {"new_version": tag("changing")})
                 self.changing = True
             arguments = dict(push.arguments)
@@ -266,7 +267,7 @@ class VLLMServer:
                     self._start(launch, count, port, log, gpus_of_each(gpus, count, tensor_parallel))
                 else:
                     self._reach(urls, token)
-                    self.call("bridge_reset")  # an earlier run may have left its weights
+                    self.call("bridge_reset", weights=True)  # an earlier run may have left its weights
                 self.refresh(0, audio_changed=not start)
                 self.model = None  # version 0 is the checkpoint itself
                 known = [server.url for server in self.servers], self.token, self.run
@@ -532,7 +533,7 @@ class VLLMServer:
                 logger.warning("rollout server %s is left out until it answers again: %s", server.url, fault)
                 server.up, server.applied = False, -1  # it may come back empty
                 return
-            elif isinstance(fault, Stale) or server.weight_version() != self._tag(self.version):
+            elif server.weight_version() != self._tag(self.version):  # unless another thread has brought it there
                 server.applied = -1
             self._bring(server)
 
@@ -566,16 +567,17 @@ class VLLMServer:
 
     # ---------------------------------------------------------------- weights
 
-    def call(self, method: str, *, once: bool = False, **arguments) -> list:
+    def call(self, method: str, *, once: bool = False, weights: bool = False, **arguments) -> list:
         """A method of the worker extension on every worker of every server. Rank 0 only. Returns all their results.
 
-        With `once` it is not repeated to a server that comes back empty: RolloutError instead.
+        With `once` it is not repeated to a server that comes back empty: RolloutError instead. `weights`: it changes
+        them, so that no answer is accepted until `refresh`.
         """
-        return self._push(method, arguments, None, once=once)
+        return self._push(method, arguments, None, once=once, weights=weights)
 
     def send(self, method: str, tensors: Mapping[str, Tensor], **arguments) -> list:
         """The same with tensors: as a file in shared memory (`path`) or, for servers by URL, as base64 (`data`)."""
-        return self._push(method, arguments, self._write(tensors))
+        return self._push(method, arguments, self._write(tensors), weights=True)
 
     def load_adapter(self, version: int, tensors: Mapping[str, Tensor], config: Mapping) -> list:
         """Sample from now on through this LoRA adapter. Only for servers that we started: they load it by path.
@@ -589,7 +591,7 @@ class VLLMServer:
         (file.parent / "adapter_config.json").write_text(json.dumps(dict(config)))
         # The extension's id is out of the way of those that vLLM's route counts up from 1.
         arguments = {"version": version, "id": 2**30 + version, "config": dict(config)}
-        return self._push("bridge_adapter", arguments, file, adapter=f"policy-{version}")
+        return self._push("bridge_adapter", arguments, file, adapter=f"policy-{version}", weights=True)
 
     def _write(self, tensors: Mapping[str, Tensor]) -> Path:
         """Tensors as a file in a folder of its own; kept until the push after this one is complete."""
@@ -608,10 +610,10 @@ class VLLMServer:
         self.version = version
 
     def _push(self, method: str | None, arguments: Mapping, file: Path | None, adapter: str | None = None, *,
-              once: bool = False) -> list:  # fmt: skip
+              once: bool = False, weights: bool = False) -> list:  # fmt: skip
         """To every server that is up; one that fails is mended and gets all it lacks. At least one must take it."""
         self._serial += 1
-        push = Push(self._serial, method, arguments, file, adapter, once=once)
+        push = Push(self._serial, method, arguments, file, adapter, once=once, weights=weights)
         self._pending.append(push)
         with ThreadPoolExecutor(len(self.servers)) as pool:
             failed = [error for error in pool.map(self._push_to, self.servers) if error]

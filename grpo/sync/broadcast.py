@@ -81,7 +81,8 @@ class Broadcast:
     def send(self, method: str, tensors: Mapping[str, Tensor], version: int) -> list:
         """The counterpart of `rollout.send` for whole weights: every worker's answer."""
         shapes = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
-        answers = self.pool.submit(self.rollout.call, method, once=True, version=version, shapes=shapes)
+        answers = self.pool.submit(self.rollout.call, method, once=True, weights=True, version=version,
+                                   shapes=shapes)  # fmt: skip
         for tensor in tensors.values():
             broadcast(self.group, tensor.contiguous(), answers)
         return answers.result()

@@ -223,7 +223,7 @@ def test_a_push_reaches_every_server_and_names_the_version(prompts, fakes, engin
     # first a name that no answer may bear, so that one which spans the change is refused; the version's own at the end
     named = [body["new_version"] for path, body in fakes[0].log if path == "/update_weight_version"]
     assert named == [f"{both.run}/changing", f"{both.run}/1"]
-    assert paths[:4] == ["/update_weight_version", "/collective_rpc", "/collective_rpc", "/reset_prefix_cache"]
+    assert paths[:4] == ["/collective_rpc", "/update_weight_version", "/collective_rpc", "/reset_prefix_cache"]
     assert "/reset_encoder_cache" not in paths
     push(both, 2, audio_changed=True)
     assert {"/reset_encoder_cache", "/reset_mm_cache"} <= {path for path, _ in fakes[0].log}

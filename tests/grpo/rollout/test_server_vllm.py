@@ -40,6 +40,9 @@ class OneRank:
     def __call__(self, groups, audio):
         return self.policy(groups, audio)
 
+    def together(self, call, error):
+        return call()
+
     def gathered(self, parameters=None):
         return contextlib.nullcontext()
 
