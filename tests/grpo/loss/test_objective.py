@@ -13,6 +13,7 @@ from grpo.config import ConfigError, build
 from grpo.loss import aggregate, entropy, kl, ratio, surrogate, weight
 from grpo.loss.objective import Objective
 from grpo.losscheck import gradient, made_up
+from grpo.metrics import mismatch
 
 
 def make(**changes):
@@ -181,7 +182,7 @@ def test_mismatch_metrics_by_hand():
                 old_logp_NT=torch.full((1, 2), -1.0, dtype=torch.float64),
                 sampler_logp_NT=torch.tensor([[-1 - log2, -1 + log2]], dtype=torch.float64))  # fmt: skip
     x = replace(x, logp_NT=x.old_logp_NT)
-    m = make()(x).metrics
+    m = mismatch(x)
     assert m["sampling/sampling_logp_difference/mean"][0].tolist() == pytest.approx([log2, log2])
     assert m["sampling/importance_sampling_ratio/max"][0].tolist() == pytest.approx([2.0, 0.5])
     assert m["sampling/kl_k3"][0].tolist() == pytest.approx([1 - log2, -0.5 + log2])

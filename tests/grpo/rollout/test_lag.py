@@ -47,7 +47,7 @@ class Recorder:
 @pytest.fixture
 def run(monkeypatch):
     prompts = [Encoded(name, None, None, "") for name in ("a", "b")]
-    monkeypatch.setattr(lag_module, "load_questions", lambda run, step: ([f"{step}a", f"{step}b"], prompts))
+    monkeypatch.setattr(lag_module, "load_questions", lambda run, step, asked=(): ([f"{step}a", f"{step}b"], prompts))
     return SimpleNamespace(
         rollout=Recorder(), engine=Engine(), clock=lambda stage: nullcontext(), version=0,
         settings=SimpleNamespace(generations=2, max_tokens=8, seed=0, steps=STEPS),
