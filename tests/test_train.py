@@ -238,7 +238,7 @@ def test_a_multirun_ends_in_a_report_and_runs_only_what_is_missing(work):
     # paired by design: at the first step all arms answer the same questions with the same words
     one, two = (map(json.loads, (p.parent / "samples.jsonl").read_text().splitlines()[:16]) for p in ran)
     assert [(r["id"], r["completion"]) for r in one] == [(r["id"], r["completion"]) for r in two]
-    train(work, *words, "micro_questions=2,4", "resume=true", base=base)
+    train(work, *words, "micro_questions=2,4", "resume=true", ok=False, base=base)  # the old failures are still there
     assert {p: p.stat().st_mtime_ns for p in ran} == ran and len(list(folder.glob("*/metrics.jsonl"))) == 4
 
 
