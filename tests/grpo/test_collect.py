@@ -8,21 +8,8 @@ from grpo import loop
 from grpo.batch import Completion, Group
 from grpo.collect import Earned, collect
 from grpo.rollout.lag import Rollouts
-from tests.conftest import make_question
+from tests.conftest import OneRank, make_question
 from tests.grpo.test_loop import make_run
-
-
-class OneRank:
-    world, rank = 1, 0
-
-    def gather(self, items):
-        return list(items)
-
-    def reduce(self, values, how="sum"):
-        return dict(values)
-
-    def together(self, call, error):
-        return call()
 
 
 class Rollout:

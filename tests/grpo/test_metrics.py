@@ -13,18 +13,8 @@ from grpo import loop
 from grpo.batch import Completion, Encoded, Group
 from grpo.collect import Earned
 from grpo.metrics import MEANING, Accumulator, answer_metrics, group_metrics
-from tests.conftest import make_question
+from tests.conftest import OneRank, make_question
 from tests.grpo.test_loop import make_run
-
-
-class OneRank:
-    """Stands for an engine of a single rank: reductions are the identity."""
-
-    def reduce(self, values, how="sum"):
-        return dict(values)
-
-    def gather(self, items):
-        return list(items)
 
 
 def test_token_metrics_do_not_depend_on_the_split():

@@ -1,6 +1,5 @@
 """What the tests of real vLLM share: a policy with random adapters, small engines, and the measure of agreement."""
 
-import contextlib
 import importlib.util
 import math
 
@@ -14,30 +13,6 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 # Every kind of adapted matrix, and fused groups in part: k and up stay as they are, q, v and gate change.
 TARGETS = r"model\.layers\.\d+\.(self_attn\.(q|v|o)_proj|mlp\.(gate|down)_proj)"
 NAMES = ("x", "yy", "a longer name")
-
-
-class OneRank:
-    """Stands for an engine of a single rank without an optimizer."""
-
-    rank, world = 0, 1
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def __call__(self, *args):
-        return self.policy(*args)
-
-    def gather(self, items):
-        return list(items)
-
-    def reduce(self, values, how="sum"):
-        return dict(values)
-
-    def together(self, call, error):
-        return call()
-
-    def gathered(self, parameters=None):
-        return contextlib.nullcontext()
 
 
 def make_policy(checkpoint, dtype="float32", lora=True, **changes):

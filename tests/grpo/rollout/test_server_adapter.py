@@ -10,8 +10,8 @@ from grpo.rollout import Sampling
 from grpo.rollout.hf import HFRollout
 from grpo.rollout.server import VLLMServer
 from grpo.sync.adapter import Adapter
-from tests.conftest import make_clip, make_prompt, make_question
-from tests.grpo.rollout.test_server_vllm import LORA, TEMPERATURE, OneRank, children, gap, ids, turn
+from tests.conftest import OneRank, make_clip, make_prompt, make_question
+from tests.grpo.rollout.test_server_vllm import LORA, TEMPERATURE, children, gap, ids, turn
 
 pytestmark = pytest.mark.slow
 

@@ -22,35 +22,11 @@ from grpo.rollout.serve import Launch, Process, ServerError
 from grpo.rollout.server import RolloutError, VLLMServer
 from grpo.sync.delta import Delta
 from grpo.sync.full import Full
-from tests.conftest import LORA, make_clip, make_prompt, make_question
+from tests.conftest import LORA, OneRank, make_clip, make_prompt, make_question
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 LORA = LORA | {"targets": r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"}
 TEMPERATURE = 1.3
-
-
-class OneRank:
-    """What the strategies need of grpo.engine.Engine, for one rank without DeepSpeed."""
-
-    rank, world, stage = 0, 1, 0
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def __call__(self, groups, audio):
-        return self.policy(groups, audio)
-
-    def together(self, call, error):
-        return call()
-
-    def gathered(self, parameters=None):
-        return contextlib.nullcontext()
-
-    def gather(self, items):
-        return list(items)
-
-    def reduce(self, values, how="sum"):
-        return dict(values)
 
 
 @pytest.fixture(scope="module")

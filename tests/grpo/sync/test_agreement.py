@@ -11,8 +11,8 @@ from grpo.sync import Shared
 from grpo.sync.adapter import Adapter
 from grpo.sync.delta import Delta
 from grpo.sync.full import Full
+from tests.conftest import OneRank
 from tests.grpo.vllm_engines import (
-    OneRank,
     gap,
     make_engine,
     make_policy,

@@ -17,7 +17,8 @@ from grpo.sync.full import Full
 from grpo.sync.merge import merged
 from grpo.sync.names import checkpoint_name
 from grpo.sync.traffic import OMNI_7B, Shape, sync_bytes
-from tests.grpo.vllm_engines import OneRank, make_engine, make_policy, needs_vllm, questions, randomise
+from tests.conftest import OneRank
+from tests.grpo.vllm_engines import make_engine, make_policy, needs_vllm, questions, randomise
 
 SYNCS = 1000
 

@@ -12,7 +12,8 @@ from grpo.sync.adapter import Adapter
 from grpo.sync.delta import Delta
 from grpo.sync.full import Full
 from grpo.sync.names import SyncError, module_of
-from tests.grpo.vllm_engines import OneRank, gap, make_engine, make_policy, needs_vllm, questions, randomise
+from tests.conftest import OneRank
+from tests.grpo.vllm_engines import gap, make_engine, make_policy, needs_vllm, questions, randomise
 
 pytestmark = needs_vllm
 GOOD, BAD = 1e-5, 1e-2
