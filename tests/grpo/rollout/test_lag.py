@@ -84,6 +84,28 @@ def test_the_next_rollout_runs_beside_the_update(run):
     assert run.rollout.log == [(0, 0), (1, 0)]
 
 
+def test_no_rank_goes_on_to_its_push_while_another_still_samples(run):
+    slow = SimpleNamespace(**vars(run) | {"rollout": Recorder()})
+    slow.rollout.hold = {1}
+    here = threading.Barrier(2)
+    for rank in (run, slow):
+        rank.engine = Engine()
+        rank.engine.gather = lambda items: here.wait(60) and [] or list(items)
+    ranks = [Rollouts(rank, 1) for rank in (run, slow)]
+    for rollouts in ranks:
+        rollouts.take(0)
+    settled = [threading.Thread(target=rollouts.settle, daemon=True) for rollouts in ranks]
+    for thread in settled:
+        thread.start()
+    ranks[0].asked.groups.result()
+    settled[0].join(0.3)  # its own rollout is done, the other's is held
+    assert settled[0].is_alive()
+    slow.rollout.go.set()
+    for thread in settled:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
 def test_without_lag_nothing_is_sampled_ahead(run):
     rollouts = Rollouts(run, 0)
     rollouts.take(0)

@@ -6,7 +6,7 @@ The tests take one remedy away and must then see the fault: a remedy that is not
 import pytest
 import torch
 
-from grpo.rollout import Sampling
+from grpo.rollout import RolloutError, Sampling
 from grpo.sync import adapter as adapter_module
 from grpo.sync.adapter import Adapter
 from grpo.sync.delta import Delta
@@ -211,6 +211,18 @@ def test_a_failed_push_is_an_error_on_every_rank(policy, plain):
 
     with pytest.raises(SyncError, match=r"version 7 did not reach the engine \(delta\): rank 1: its engine is gone"):
         Delta(policy, TwoRanks(policy), plain).push(7)
+
+
+def test_a_probe_that_fails_on_one_rank_fails_on_all(policy, plain):
+    class TwoRanks(OneRank):
+        def together(self, call, error):
+            call()
+            raise error("rank 1: its engine is gone")
+
+    sync, groups = settled(Delta, policy, plain)
+    sync.probe.engine = TwoRanks(policy)
+    with pytest.raises(RolloutError, match="rank 1: its engine is gone"):
+        sync.push(2, groups)
 
 
 def test_what_an_earlier_run_sent_can_be_taken_back(policy, plain):
