@@ -24,6 +24,7 @@ mine = prompts[rank * 2 : rank * 2 + 2]
 engine = VLLMServer(policy, timeout=2.0, backoff=0.05, tries=6)
 answers = []
 for step in range(3):
+    dist.barrier()  # as Rollouts.settle: no push while another rank still samples with the version before
     if rank == 0:
         engine.send("load", {"w": torch.full((2,), float(step))}, version=step + 1)
         engine.refresh(step + 1, audio_changed=False)
