@@ -26,7 +26,7 @@ HERE = {
     "vllm_server lag=1": ["rollout=vllm_server", "rollout.lag=1"],
 }
 # Published shapes of a step: 2 questions a device, 6 completions, at most 512 tokens; clips of 10 s.
-REAL = ["model=qwen2_5_omni_7b", "optim=published", "questions=2", "micro_questions=2", "generations=6",
+REAL = ["model=qwen2_5_omni_7b", "optim=published", "questions=2", "generations=6",
         "max_tokens=512", "data.train.count=64", "think_words=25"]  # fmt: skip
 GPU = {
     "vllm delta": ["rollout=vllm", "rollout.kv_cache_gib=8", "rollout.gpu_memory=0.5"],

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.sampler import Sampler
 from grpo import loop
 from grpo.advantage import declared
-from grpo.batch import Group, needs
+from grpo.batch import Group, moves_without_advantage, needs
 from grpo.checkpoint import Checkpoints, write_json
 from grpo.config import ROLLOUT_KEYS, ConfigError, Settings, build, check_call, engine_keys, settings
 from grpo.display import Display
@@ -75,7 +75,7 @@ class Run:
         if self.world > 1:  # a folder named by the time of day may differ by a second between ranks
             torch.distributed.broadcast_object_list(agreed)
         self.folder = folder = Path(agreed[0])
-        micro_batches = s.check_ranks(self.world)
+        s.check_ranks(self.world)
         random.seed(s.seed), np.random.seed(s.seed), torch.manual_seed(s.seed)
 
         self.advantage = build(cfg.advantage, "advantage")
@@ -84,6 +84,8 @@ class Run:
         for piece, positional in getattr(self.objective, "calls", {}).items():
             check_call(f"loss.{piece}", getattr(self.objective, piece), *positional)
         self._correct()
+        # A record holds every group of its step, and recording must not change the run.
+        self.idle_groups_rest = not (s.save_rollouts or moves_without_advantage(self.objective))
         self.rewards = build(cfg.rewards, "rewards")
         if s.dynamic_sampling_by not in ("reward", *self.rewards.names):
             raise ConfigError(f"dynamic_sampling.by={s.dynamic_sampling_by}: there is no such reward, only reward (the "
@@ -102,8 +104,7 @@ class Run:
 
         prompt = build(cfg.prompt, "prompt")
         path = prepare_model(cfg, self.dataset, prompt, self.rank, self.world, display)
-        zero = zero_config(stage=cfg.engine.stage, micro_batches=micro_batches, clip=cfg.optim.clip,
-                           dtype=cfg.model.dtype, world=self.world)  # fmt: skip
+        zero = zero_config(stage=cfg.engine.stage, clip=cfg.optim.clip, dtype=cfg.model.dtype, world=self.world)
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.policy = Policy(
             path, OmegaConf.to_container(cfg.model.lora) | {"seed": s.seed}, prompt=prompt, dtype=cfg.model.dtype,
