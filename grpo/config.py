@@ -51,6 +51,8 @@ class Settings:
     log_every: int
     samples_every: int
     encoded: int  # questions whose features stay in memory
+    workers: int  # threads that read and transform the next step's clips ahead of time
+    profile: bool | int  # trace this many steps (true: 2), once the first two are over
     save_rollouts: bool | int  # keep every step, or every n-th, on disk for grpo.replay_loss
     reference_every: int | None  # steps after which the policy becomes its own reference; null: the start stays it
     dynamic_sampling_rounds: int  # rollouts a step at most, to find groups that teach; 1: off
@@ -74,7 +76,7 @@ class Settings:
         if self.dynamic_sampling_rounds > 1 and self.rollout_lag:
             raise ConfigError("dynamic_sampling asks further questions within a step, rollout.lag=1 samples the step "
                               "ahead: choose one of them")  # fmt: skip
-        for name in ("steps", "encoded"):
+        for name in ("steps", "encoded", "workers", "profile"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name, choices in {"lag": (0, 1), "correction": ("none", "truncate", "mask"),
@@ -87,6 +89,10 @@ class Settings:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
         if self.generations < 2:
             raise ConfigError("generations must be at least 2: a group of one has no advantage")
+
+    @property
+    def traced_steps(self) -> int:
+        return 2 if self.profile is True else int(self.profile)
 
     def check_ranks(self, world: int) -> None:
         """Raises ConfigError where the questions of a step cannot be shared evenly."""

@@ -24,7 +24,9 @@ class Micro:
     prepared: Any  # of Policy.prepare
 
 
-def micro_batches(engine, policy, groups: Sequence[Group], budget: int | None, idle_B: Tensor | None = None) -> list[Micro]:
+def micro_batches(
+    engine, policy, groups: Sequence[Group], budget: int | None, idle_B: Tensor | None = None
+) -> list[Micro]:
     """Groups in order, at most `budget` tokens at a time (a larger group goes alone); without those that are `idle_B`.
 
     All ranks get equally many, each at least one group: under ZeRO-3 a forward pass needs them all.

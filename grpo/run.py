@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,14 +20,16 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from data.sampler import Sampler
-from grpo import loop
+from grpo import loop, profile
 from grpo.advantage import declared
+from grpo.audio_cache import AudioCache
 from grpo.batch import Group, moves_without_advantage, needs
 from grpo.checkpoint import Checkpoints, write_json
 from grpo.config import ROLLOUT_KEYS, ConfigError, Settings, build, check_call, engine_keys, settings
 from grpo.display import Display
 from grpo.engine import Engine, start_distributed, zero_config
 from grpo.evaluate import accuracy
+from grpo.loading import Loader
 from grpo.loss.formula import describe
 from grpo.loss.weight import correction
 from grpo.policy import Policy
@@ -39,7 +41,10 @@ from grpo.tracking import NoTracker, RunLog
 from rewards.accuracy import accuracy as answer_is_right
 
 # Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
-FREE_ON_RESUME = set("resume stop_at name tracking checkpoint log samples encoded cache dry_run engine".split())
+FREE_ON_RESUME = set(
+    "resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache dry_run "
+    "engine".split()
+)
 
 # Of the rollout engine only these must stay: where and how fast it samples is free.
 KEPT_OF_ROLLOUT = {"_target_", "top_p", "top_k", "min_p", *ROLLOUT_KEYS}
@@ -54,7 +59,8 @@ class Clock:
     @contextmanager
     def __call__(self, stage: str):
         start = time.perf_counter()
-        yield
+        with profile.stage(stage):
+            yield
         self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
@@ -111,6 +117,7 @@ class Run:
             temperature=s.temperature, device=device,
             gradient_checkpointing=cfg.model.gradient_checkpointing, forward=cfg.model.forward,
             attention=cfg.model.attention, zero3=zero if cfg.engine.stage == 3 else None,
+            audio_cache=build_audio_cache(cfg),
         )  # fmt: skip
         self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
         if hasattr(get_object(cfg.rollout._target_), "every_rank"):  # an engine with weights of its own takes a while
@@ -124,11 +131,11 @@ class Run:
             raise
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.clock = Clock()
-        self.encode = lru_cache(maxsize=s.encoded)(self._encode)
+        self.encode = Loader(self._encode, keep=s.encoded, workers=s.workers)
         self.version = self.tokens = 0
 
     def _encode(self, question):
-        """Question -> Encoded; `encode` remembers the latest. Raises ClipError when its audio cannot be read."""
+        """Question -> Encoded. Raises ClipError when its audio cannot be read."""
         return self.policy.encode(question, self.dataset.clip(question))
 
     def _correct(self) -> None:
@@ -190,6 +197,7 @@ class Run:
         finally:
             self.display.stop()
             self.rollout.close()
+            self.encode.close()
 
     def _train(self) -> dict:
         s, show = self.settings, self.display
@@ -220,11 +228,13 @@ class Run:
         try:
             if done:
                 finish(trained, **done, groups=[])
-            while trained < end:
-                done = None
-                metrics, rows, groups = loop.step(self, trained)
-                trained, done = trained + 1, {"metrics": metrics, "rows": self.engine.gather(rows)}
-                finish(trained, **done, groups=groups)
+            with profile.traced(s.traced_steps * (self.rank == 0), self.folder, show.say) as tick:
+                while trained < end:
+                    done = None
+                    metrics, rows, groups = loop.step(self, trained)
+                    trained, done = trained + 1, {"metrics": metrics, "rows": self.engine.gather(rows)}
+                    finish(trained, **done, groups=groups)
+                    tick()
         except (RolloutError, SyncError) as error:
             if trained == 0:
                 raise
@@ -315,6 +325,13 @@ class Run:
             reward = [r["reward"] for r in map(json.loads, rows) if "reward" in r] or [float("nan")]
             summary |= {"reward/first": float(np.mean(reward[:10])), "reward/last": float(np.mean(reward[-10:]))}
         return summary
+
+
+def build_audio_cache(cfg: DictConfig) -> AudioCache:
+    try:
+        return AudioCache(**cfg.audio_cache)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _module(part) -> str:

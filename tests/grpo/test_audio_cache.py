@@ -42,7 +42,9 @@ def test_the_folder_is_shared_named_by_the_tower_and_bounded(tmp_path):
     assert torch.equal(AudioCache(folder=tmp_path).get("0029") or torch.zeros(0), torch.zeros(0))  # no tower named yet
 
 
-@pytest.mark.parametrize("spoil", [lambda f: f.write_bytes(b"half"), lambda f: f.unlink(), lambda f: f.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "spoil", [lambda f: f.write_bytes(b"half"), lambda f: f.unlink(), lambda f: f.write_bytes(b"")]
+)
 def test_what_cannot_be_read_is_not_there(tmp_path, spoil):
     cache = AudioCache(memory_gib=0, folder=tmp_path)
     cache.of("tower")

@@ -13,6 +13,7 @@ from data.audio import ClipError
 from grpo import loop
 from grpo.advantage import group_mean
 from grpo.batch import Completion, Encoded, Group, moves_without_advantage, pad_rows
+from grpo.loading import Loader
 from grpo.loss import aggregate, kl, ratio, surrogate
 from grpo.loss.objective import Objective
 from grpo.rollout import Sampling
@@ -102,9 +103,12 @@ class Rollout:
 
     version = 0
 
-    def generate(self, prompts, copies, sampling):
+    def generate(self, prompts, copies, sampling, done):
         self.sampling = sampling
-        return [Group(p, tuple(self._one(int(p.id) % 4, g) for g in range(copies))) for p in prompts]
+        groups = [Group(p, tuple(self._one(int(p.id) % 4, g) for g in range(copies))) for p in prompts]
+        for place in reversed(range(len(groups))):  # whichever is whole first
+            done(place, groups[place])
+        return groups
 
     def _one(self, b, g):
         n = LENGTHS[b][g]
@@ -116,8 +120,11 @@ class Rewards:
 
     names, weights, raising = ("second",), (1.0,), ()
 
+    def __init__(self):
+        self.contexts = {}  # of each group
+
     def score(self, texts, contexts):
-        self.contexts = contexts
+        self.contexts[texts[0][0]] = contexts
         total = [float("nan") if t in self.raising else float(t[1]) for t in texts]
         failures = [SimpleNamespace(index=i) for i, t in enumerate(texts) if t in self.raising]
         return SimpleNamespace(components=[[r] for r in total], total=total, failures=failures)
@@ -134,7 +141,7 @@ class Watched(Objective):
 class Run(SimpleNamespace):
     """The first of two ranks, with 8 questions a step; `unreadable` ids have clips that cannot be read."""
 
-    def encode(self, question):
+    def _encode(self, question):
         if question.id in self.unreadable:
             raise ClipError("silent", question.id, "no sound")
         return Encoded(question.id, torch.zeros(7, dtype=torch.long), torch.zeros(1, 1), f"sha {question.id}")
@@ -163,7 +170,7 @@ def make_run(*, beta=0.1, mask_truncated=False, updates=1, micro=2, rank=0, drop
         pushed=pushed, version=0, tokens=0, idle_groups_rest=rest, quarantined={},
         unreadable=unreadable,
     )  # fmt: skip
-    run.rollouts = Rollouts(run, lag=0)
+    run.encode, run.rollouts = Loader(run._encode, keep=20, workers=0), Rollouts(run, lag=0)
     return run
 
 
@@ -237,9 +244,9 @@ def test_rewards_hear_of_their_own_completion():
     run = make_run()
     _, rows, _ = loop.step(run, 0)
     assert [r["reward"] for r in rows] == [r["rewards"]["second"] for r in rows] == [0, 1] * 4
-    assert [c["n_tokens"] for c in run.rewards.contexts] == [3, 1, 2, 5, 4, 4, 1, 2]
-    assert [i for i, c in enumerate(run.rewards.contexts) if c["truncated"]] == [3, 4]
-    assert {c["answer"] for c in run.rewards.contexts} == {2}
+    contexts = [c for _, group in sorted(run.rewards.contexts.items()) for c in group]
+    assert [c["n_tokens"] for c in contexts] == [3, 1, 2, 5, 4, 4, 1, 2]
+    assert [i for i, c in enumerate(contexts) if c["truncated"]] == [3, 4] and {c["answer"] for c in contexts} == {2}
     assert [(r["id"], r["sample"], r["completion"], r["tokens"]) for r in rows[2:4]] == [
         ("1", 0, "10", 2), ("1", 1, "11", 5),
     ]  # fmt: skip

@@ -95,7 +95,7 @@ def test_layout_and_padding_side_change_nothing(policy, layout, pad):
     other, other_grads = gradients(policy, groups, layout, pad)
     assert torch.allclose(logp, other, atol=1e-5)
     scale = max(g.abs().max() for g in grads.values())
-    assert max((grads[n] - other_grads[n]).abs().max() for n in grads) <= 1e-6 * max(1.0, scale)
+    assert max((grads[n] - other_grads[n]).abs().max() for n in grads) <= 2e-6 * max(1.0, scale)
 
 
 def random_groups(policy, sizes, seed):
@@ -137,7 +137,9 @@ def test_flex_attention_gives_the_same_log_probs(policy):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: FlexAttention has no backward pass on a CPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: FlexAttention has no backward pass on a CPU"
+)
 def test_flex_attention_gives_the_same_gradient(checkpoint):
     policy = Policy(checkpoint, LORA, prompt=make_prompt(), device="cuda")
     assert policy.flex
