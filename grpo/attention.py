@@ -1,9 +1,9 @@
-"""Attention within packed rows (grpo/packing.py): a completion's token sees its prompt and the earlier tokens of its own
-completion, nothing else.
+"""Attention within packed rows (grpo/packing.py): a token of a completion sees its prompt and the earlier tokens of its
+own completion, nothing else.
 
-Two ways with the same numbers. `Prefix` cuts a row into rectangles that PyTorch's own kernels compute without waste: the
-prompt is plain causal attention, the completions of a group are a batch that shares the prompt's keys. `block_mask` is
-for FlexAttention, whose kernel leaves out the blocks of the mask that are empty.
+Two ways with the same numbers. `Prefix` cuts a row into rectangles that PyTorch's own kernels compute without waste:
+the prompt is plain causal attention, the completions of a group are a batch that shares the prompt's keys. `block_mask`
+is for FlexAttention, whose kernel leaves out the blocks of the mask that are empty.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _rectangle(block: Block, device) -> Rectangle:
 
 
 def places(blocks: Sequence[Block], length: int) -> tuple[Tensor, Tensor]:
-    """(block, segment) [L] of each place of a row: segment 0 is the prompt, 1, 2, ... are completions; padding is -1."""
+    """(block, segment) [L] of each place of a row: segment 0 is the prompt, 1.. its completions; padding is -1."""
     block_L, segment_L = torch.full((2, length), -1)
     for b, block in enumerate(blocks):
         block_L[block.start : block.start + block.size] = b

@@ -1,7 +1,7 @@
 """Embeddings of clips that were heard before: in memory, and on disk across runs if a folder is named.
 
 A frozen audio tower makes the same embedding of a clip every time: of one step for rollout, policy, reference and all
-updates, and again in the next epoch. Entries are named by the waveform's hash within a folder that is named by the tower.
+updates, and again in the next epoch. Entries are named by the waveform's hash, within a folder named by the tower.
 Everything here may be deleted at any time: what is missing, or cannot be read, is computed again.
 """
 

@@ -16,7 +16,7 @@ from grpo.packing import parts_needed, split
 
 @dataclass(frozen=True)
 class Micro:
-    """Some of a rank's groups: which rows of its [N, T] they are, their number of tokens T, and what the policy wants."""
+    """Some of a rank's groups: which rows of its [N, T] they are, how wide, and what the policy wants of them."""
 
     rows_n: Tensor  # int64, on the policy's device
     width: int
@@ -49,7 +49,7 @@ def micro_batches(
 
 @torch.no_grad()
 def frozen(engine, policy, micro: Sequence[Micro], shape: tuple[int, int], *, reference: bool = False) -> list[Tensor]:
-    """Log-probs and entropies, each of `shape` [N, T], without dropout or gradient: of the policy or of the reference."""
+    """Log-probs and entropies, each of `shape` [N, T], without dropout or gradient: of the policy or the reference."""
     whole = [torch.zeros(shape, device=policy.device) for _ in range(2)]
     policy.eval()
     with engine.reference() if reference else nullcontext():

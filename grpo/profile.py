@@ -21,7 +21,7 @@ def stage(name: str) -> Iterator[None]:
 
 @contextmanager
 def traced(steps: int, folder: Path, say) -> Iterator:
-    """A function to call after every step; `steps` of them are written to `folder`/trace.json.gz. 0: nothing happens."""
+    """A function to call after every step; `steps` of them go into `folder`/trace.json.gz. 0: nothing happens."""
     if not steps:
         yield lambda: None
         return

@@ -98,7 +98,8 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def parts(groups: Sequence[Group], *, reward_BG: Tensor, component_NR: Tensor, advantage_BG: Tensor,
-          logp_NT: Tensor, old_logp_NT: Tensor, entropy_NT: Tensor, ref_logp_NT: Tensor | None) -> list[Part]:  # fmt: skip
+          logp_NT: Tensor, old_logp_NT: Tensor, entropy_NT: Tensor, ref_logp_NT: Tensor | None,
+          ) -> list[Part]:  # fmt: skip
     """This rank's questions as they go into the record, copied to the CPU; rows [N, T] in the order of `groups`."""
     rows = {"logp_GT": logp_NT, "old_logp_GT": old_logp_NT, "entropy_GT": entropy_NT, "ref_logp_GT": ref_logp_NT}
     rows = {name: None if of is None else of.detach().float().cpu() for name, of in rows.items()}

@@ -42,8 +42,8 @@ from rewards.accuracy import accuracy as answer_is_right
 
 # Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
 FREE_ON_RESUME = set(
-    "resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache dry_run "
-    "engine".split()
+    "resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
+    "dry_run engine".split()
 )
 
 # Of the rollout engine only these must stay: where and how fast it samples is free.

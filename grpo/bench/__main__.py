@@ -1,9 +1,9 @@
-"""`make bench`: every claim about speed as a ratio, measured side by side on this machine; `make bench-gpu`: at 7B shapes.
+"""`make bench`: every claim about speed as a ratio, measured side by side here; `make bench-gpu`: at 7B shapes.
 
-    python -m grpo.bench                       all sections but `engines`, and docs/performance.md
-    python -m grpo.bench forward growth        some of them, printed only
-    python -m grpo.bench engines --rounds 1    whole runs of every rollout engine (minutes)
-    python -m grpo.bench --gpu                 the update and whole runs at 7B's shapes with random weights
+python -m grpo.bench                       all sections but `engines`, and docs/performance.md
+python -m grpo.bench forward growth        some of them, printed only
+python -m grpo.bench engines --rounds 1    whole runs of every rollout engine (minutes)
+python -m grpo.bench --gpu                 the update and whole runs at 7B's shapes with random weights
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def machine() -> str:
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return (f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores, float32, Python {platform.python_version()}, "
-            f"torch {torch.__version__}, transformers {version('transformers')}")  # fmt: skip
+    return (f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores, float32, "
+            f"Python {platform.python_version()}, torch {torch.__version__}, "
+            f"transformers {version('transformers')}")  # fmt: skip
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python -m grpo.bench.overhead MODEL FOLDER QUESTIONS COPIES COMPLETION STEPS      prints one JSON object a step
 
-Counted as the model: hearing clips, generating, forward and backward passes, the optimizer's step. The rest is the loop's.
+The model's: hearing clips, generating, forward and backward passes, the optimizer's step. The rest is the loop's.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from grpo.sync.traffic import OMNI_7B
 
 HEAD = """# Performance
 
-Written by `make bench` on {machine}. Every line compares things that ran in turns in one process; ratios are medians of the
-rounds with the least and the most. An update is what follows a rollout: reference forward, policy forward and backward.
-The model has 7B's proportions at hidden size 512 with 6 layers (audio tower and vocabulary a tenth of the layers' work each)
-and random weights. What a GPU does: `make bench-gpu`.
+Written by `make bench` on {machine}. Every line compares things that ran in turns in one process; ratios are
+medians of the rounds with the least and the most. An update is what follows a rollout: reference forward, policy
+forward and backward. The model has 7B's proportions at hidden size 512 with 6 layers (audio tower and vocabulary a tenth of the
+layers' work each) and random weights. What a GPU does: `make bench-gpu`.
 """
 MIB = 2**20
 
@@ -42,9 +42,10 @@ class Setting:
     def bench(self) -> Bench:
         if not self.gpu:
             return Bench(self.cache / "bench-512", Shape())
-        seven = Shape(OMNI_7B.hidden, OMNI_7B.layers, OMNI_7B.heads, OMNI_7B.kv_heads, OMNI_7B.intermediate,
-                      OMNI_7B.vocab, {"d_model": OMNI_7B.audio_hidden, "encoder_layers": OMNI_7B.audio_layers,
-                                      "encoder_attention_heads": 20, "encoder_ffn_dim": OMNI_7B.audio_intermediate})  # fmt: skip
+        of = OMNI_7B
+        tower = {"d_model": of.audio_hidden, "encoder_layers": of.audio_layers, "encoder_attention_heads": 20,
+                 "encoder_ffn_dim": of.audio_intermediate}  # fmt: skip
+        seven = Shape(of.hidden, of.layers, of.heads, of.kv_heads, of.intermediate, of.vocab, tower)
         return Bench(self.cache / "random-7b", seven, device="cuda", dtype="bfloat16", checkpointing=True)
 
 
@@ -59,15 +60,15 @@ def forward(s: Setting) -> Iterator[str]:
         groups = [s.bench.group(0, prompt, completion, k)]
         seconds = side_by_side({how: s.bench.step(groups, how) for how in ("shared", "separate", "usual")}, s.rounds)
         tokens = k * (prompt + completion) / (prompt + k * completion)
-        yield (f"k={k:<3} prompt={prompt} completion={completion:<4} separate/shared "
-               f"{ratio(seconds['separate'], seconds['shared'])}   usual/shared "
-               f"{ratio(seconds['usual'], seconds['shared'])}   tokens {tokens:.2f}x   shared {median(seconds['shared']):.2f} s")  # fmt: skip
+        first, second = (ratio(seconds[how], seconds["shared"]) for how in ("separate", "usual"))
+        yield (f"k={k:<3} prompt={prompt} completion={completion:<4} separate/shared {first}   usual/shared {second}   "
+               f"tokens {tokens:.2f}x   shared {median(seconds['shared']):.2f} s")  # fmt: skip
 
 
 def memory(s: Setting) -> Iterator[str]:
     """Memory of an update
 
-    Peak beyond weights and what is there before. `micro_tokens` bounds it whatever the number of groups: one group at a time here.
+    Peak beyond weights and what is there before. `micro_tokens` bounds it whatever the number of groups: one at a time.
     """
     for k in (6, 16):
         groups = [s.bench.group(0, 400, 100, k)]
@@ -82,18 +83,20 @@ def memory(s: Setting) -> Iterator[str]:
 def ideal(s: Setting) -> Iterator[str]:
     """Against the least that these tokens can cost
 
-    `plain` is transformers' own causal forward and backward over as many tokens in short rows, with as many log-probabilities.
+    `plain` is transformers' own causal forward and backward over as many tokens in short rows, with as many log-probs.
     """
     for k, rows in ((6, 2), (16, 4)):
         groups, tokens = [s.bench.group(0, 400, 100, k)], 400 + 100 * k
-        seconds = side_by_side({"shared": s.bench.step(groups), "plain": s.bench.plain(tokens, rows, 100 * k)}, s.rounds)
+        seconds = side_by_side(
+            {"shared": s.bench.step(groups), "plain": s.bench.plain(tokens, rows, 100 * k)}, s.rounds
+        )
         yield f"k={k:<3} {tokens} tokens  shared/plain {ratio(seconds['shared'], seconds['plain'])}"
 
 
 def audio(s: Setting) -> Iterator[str]:
     """A clip heard once
 
-    An update whose clips were heard in the rollout, against one that hears each clip once, and once for every row and pass.
+    An update whose clips were heard in the rollout, against one that hears each once, and once for every row and pass.
     """
     groups = [s.bench.group(0, 400, 100, 6)]
     update = s.bench.step(groups)
@@ -112,7 +115,7 @@ def audio(s: Setting) -> Iterator[str]:
 def logits(s: Setting) -> Iterator[str]:
     """Log-probabilities without all the logits
 
-    600 tokens, hidden 512: values, entropy and gradient in chunks, against all [600, V] logits with autograd's own backward.
+    600 tokens, hidden 512: values, entropy and gradient in chunks of 64, against all [600, V] logits and autograd.
     """
     generator = torch.Generator().manual_seed(0)
     device = s.bench.policy.device
@@ -140,7 +143,7 @@ def logits(s: Setting) -> Iterator[str]:
 def growth(s: Setting) -> Iterator[str]:
     """Growth
 
-    Time when one size doubles; in brackets the growth of the operations that are needed (prompt once, and attention's own).
+    Time when one size doubles; in brackets the growth of the operations needed (prompt once, and attention's own).
     """
     base = {"groups": 1, "prompt": 400, "completion": 100, "k": 8}
     for what in base:
@@ -158,13 +161,15 @@ def growth(s: Setting) -> Iterator[str]:
 def stages(s: Setting) -> Iterator[str]:
     """A whole step
 
-    Runs of the loop with this model, 2 questions x 6 completions of 100 tokens, rollouts by transformers. `loop` is all that is
-    not generation, forward, backward or the optimizer: data, packing, rewards, advantages, loss, metrics, sync, logging.
+    With this model, 2 questions x 6 completions of 100 tokens, rollouts by transformers. `loop` is all that is
+    not hearing, generating, forward, backward or the optimizer: data, packing, rewards, advantages, loss, metrics.
     """
     questions, copies, completion = 2, 6, 100
     with tempfile.TemporaryDirectory() as folder:
         words = [s.bench.policy.thinker.name_or_path, folder, questions, copies, completion, s.rounds + 2]
-        done = subprocess.run([sys.executable, "-m", "grpo.bench.overhead", *map(str, words)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "grpo.bench.overhead", *map(str, words)], capture_output=True, text=True
+        )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     steps = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")][2:]

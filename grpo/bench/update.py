@@ -119,9 +119,11 @@ class Bench:
         return work
 
     def plain(self, tokens: int, rows: int, scored: int) -> Callable[[], object]:
-        """transformers' own causal rows of `tokens` tokens in all, the log-probabilities of `scored` of them: the floor."""
+        """The floor: transformers' own causal rows of `tokens` tokens in all, log-probabilities of `scored` of them."""
         policy = self.policy
-        ids = torch.randint(0, 250, (rows, tokens // rows), generator=torch.Generator().manual_seed(0)).to(policy.device)
+        ids = torch.randint(0, 250, (rows, tokens // rows), generator=torch.Generator().manual_seed(0)).to(
+            policy.device
+        )
 
         def logp():
             hidden = policy.thinker.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[:scored]

@@ -228,7 +228,7 @@ def test_features_stay_with_their_question_in_any_batch(policy):
 def test_wrong_number_of_audio_tokens_is_an_error(policy):
     groups = groups_of(policy)
     audio = policy.encode_audio([g.prompt for g in groups])
-    with pytest.raises(ValueError, match="question first: .* audio placeholders"):
+    with pytest.raises(ValueError, match=r"question first: .* audio placeholders"):
         policy.prepare(groups, [audio[1], audio[0], audio[2]])
 
 
