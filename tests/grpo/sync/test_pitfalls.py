@@ -47,6 +47,7 @@ def base(policy):
         for n, p in policy.named_parameters():
             if n in kept:
                 p.copy_(kept[n])
+    policy.audio_cache.clear()
 
 
 def sample(engine, policy, step=0):
