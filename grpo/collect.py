@@ -23,6 +23,7 @@ class Earned:
     group: Group
     components: list[list[float]]  # [G][R], before weights
     totals: list[float]  # [G]
+    failures: tuple[str, ...] = ()  # a line for each completion of which a reward failed
 
     def differs(self, component: int | None) -> bool:
         """Whether the completions earned unequally: in one component, or in total with None. Failed ones do not."""
@@ -33,13 +34,13 @@ class Earned:
 def collect(run, step: int) -> tuple[list[Earned], dict[str, float]]:
     """This rank's share of the step's questions, in order, and the metrics of dynamic sampling. Every rank calls."""
     s, engine = run.settings, run.engine
-    mine = _counted(run, run.rollouts.take(step))
+    mine = _checked(run, run.rollouts.take(step))
     if s.dynamic_sampling_rounds == 1:
         return mine, {}
     component = None if s.dynamic_sampling_by == "reward" else run.rewards.names.index(s.dynamic_sampling_by)
     asked, rounds = engine.gather(mine), 1
     while sum(e.differs(component) for e in asked) < s.questions and rounds < s.dynamic_sampling_rounds:
-        asked += engine.gather(_counted(run, run.rollouts.more(step, {e.question.id for e in asked})))
+        asked += engine.gather(_checked(run, run.rollouts.more(step, {e.question.id for e in asked})))
         rounds += 1
     teach = [e for e in asked if e.differs(component)]
     chosen = (teach + [e for e in asked if not e.differs(component)])[: s.questions]
@@ -58,11 +59,15 @@ def score(rewards, question: Question, group: Group) -> Earned:
          "n_tokens": len(c.token_ids), "truncated": c.truncated} for c in group.completions
     ]  # fmt: skip
     scores = rewards.score([c.text for c in group.completions], contexts=contexts)
-    return Earned(question, group, scores.components, scores.total)
+    failed = {f.index: f"question {question.id}, completion {f.index}, {f.component}: {f.error}"
+              for f in reversed(scores.failures)}  # fmt: skip
+    return Earned(question, group, scores.components, scores.total, tuple(failed.values()))
 
 
-def _counted(run, earned: list[Earned]) -> list[Earned]:
-    """Counts the tokens that were made, over all ranks."""
+def _checked(run, earned: list[Earned]) -> list[Earned]:
+    """Count the tokens that were made, over all ranks. Raises RewardError, on all, where too many rewards failed."""
+    rows = run.engine.gather([(e.failures, len(e.totals)) for e in earned])
+    run.rewards.check([line for failures, _ in rows for line in failures], sum(n for _, n in rows))
     groups = [e.group for e in earned]
     made = sum(len(g.prompt.prompt_ids) + sum(len(c.token_ids) for c in g.completions) for g in groups)
     run.tokens += int(run.engine.reduce({"n": float(made)})["n"])

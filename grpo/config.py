@@ -25,6 +25,10 @@ class ConfigError(ValueError):
     """A mistake in the configuration: names the key, what is wrong with it and what would be right."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on: says why, and from where it can."""
+
+
 # Keys of `rollout` that are the run's, whatever the engine (conf/train.yaml).
 ROLLOUT_KEYS = ("lag", "correction", "correction_level", "correction_cap")
 
@@ -192,6 +196,27 @@ def build(node: DictConfig, key: str, **extra):
         if isinstance(cause, ValueError | TypeError | FileNotFoundError):
             raise ConfigError(f"{key}: {cause}") from error
         raise
+
+
+def build_objective(cfg: DictConfig):
+    """What is optimised: `loss`, with the weight that `rollout.correction` asks for. Raises ConfigError."""
+    from grpo.loss.formula import plain
+    from grpo.loss.weight import CORRECTIONS, correction
+
+    objective, rollout = build(cfg.loss, "loss"), cfg.rollout
+    for piece, positional in getattr(objective, "calls", {}).items():
+        check_call(f"loss.{piece}", getattr(objective, piece), *positional)
+    if rollout.correction == "none":
+        return objective
+    if not hasattr(objective, "weights"):
+        raise ConfigError("rollout.correction weighs the policy term of grpo.loss.objective.Objective, and loss= is "
+                          "another: take the weight from grpo.loss.weight there")  # fmt: skip
+    for name, weight in objective.weights.items():
+        if name == "sampler" or plain(weight) in CORRECTIONS:
+            raise ConfigError(f"loss.weights.{name} already weighs for the sampler's distance: with rollout.correction="
+                              f"{rollout.correction} it would count twice. Choose one of them")  # fmt: skip
+    objective.weights["sampler"] = correction(rollout.correction, rollout.correction_level, rollout.correction_cap)
+    return objective
 
 
 def engine_keys(rollout: DictConfig) -> DictConfig:

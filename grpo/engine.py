@@ -113,17 +113,19 @@ class Engine:
     def step(self, lr: float) -> float:
         """Clip, step, zero the gradients. Returns the gradient norm before clipping.
 
-        Raises FloatingPointError before anything is changed if the norm is not finite (ZeRO stage 0).
+        Raises FloatingPointError, on all ranks and with nothing changed, if the norm is not finite.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         norm = None
-        if self.stage == 0 and not self.config["bf16"]["enabled"]:
+        if self.stage == 0 and not self.config["bf16"]["enabled"]:  # DeepSpeed would step, and tell afterwards
             norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in self.trainable.values()])).item()
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"gradient norm is {norm}: the step was not taken")
-        self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm()) if norm is None else norm
+        if norm is None or math.isfinite(norm):
+            self.deepspeed.step()  # with a norm that is not finite, it skips the step by itself
+        norm = float(self.deepspeed.get_global_grad_norm()) if norm is None else norm
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm}: the step was not taken")
+        return norm
 
     # ---------------------------------------------------------------- between ranks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from rewards.tags import parse
 
 # name (or family) -> meaning. docs/metrics.md is this table.
 MEANING = {
-    "reward": "weighted sum of the reward components, mean over the step's completions",
+    "reward": "weighted sum of the reward components, mean over the step's completions (without those that failed)",
     "reward_std": "std of the reward within a group (sample std), mean over groups",
     "frac_reward_zero_std": "share of groups whose completions all have the same reward: they teach nothing",
     "frac_groups_trained": "share of groups that were computed on: those without advantage rest where the loss says \
@@ -65,11 +66,12 @@ def mismatch(x: LossInputs) -> dict[str, Tensor]:
     the effective sample size of them.
     """
     gap_NT = x.old_logp_NT.detach() - x.sampler_logp_NT
-    ratio_NT = gap_NT.clamp(-20, 20).exp()
+    held_NT = gap_NT.clamp(-20, 20)
+    ratio_NT = held_NT.exp()
     weight_NT = (x.logp_NT.detach() - x.sampler_logp_NT).clamp(-20, 20).exp()
     difference, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
     return {f"{difference}/mean": gap_NT.abs(), f"{difference}/max": gap_NT.abs(), f"{ratio}/mean": ratio_NT,
-            f"{ratio}/min": ratio_NT, f"{ratio}/max": ratio_NT, "sampling/kl_k3": ratio_NT - 1 - gap_NT,
+            f"{ratio}/min": ratio_NT, f"{ratio}/max": ratio_NT, "sampling/kl_k3": ratio_NT - 1 - held_NT,
             "sampling/weight_mean": weight_NT, "sampling/weight_square_mean": weight_NT.square()}  # fmt: skip
 
 
@@ -87,7 +89,8 @@ class Accumulator:
             if name.endswith(("/max", "/min")):
                 sign = 1.0 if name.endswith("/max") else -1.0
                 largest = (sign * values).max().item() if len(values) else -float("inf")
-                self.extremes[name] = max(self.extremes.get(name, -float("inf")), largest)
+                known = self.extremes.get(name, -float("inf"))
+                self.extremes[name] = largest if math.isnan(largest) or largest > known else known
             else:
                 self.sums[name] = self.sums.get(name, 0.0) + values.sum().item()
 
@@ -96,8 +99,9 @@ class Accumulator:
         count = max(sums.pop("count"), 1.0)
         extremes = engine.reduce(self.extremes, "max")
         out = {n: s / count for n, s in sums.items()}
-        if square := out.pop("sampling/weight_square_mean", 0.0):
-            out["sampling/effective_sample_size"] = out.pop("sampling/weight_mean") ** 2 / square
+        mean, square = (out.pop(f"sampling/weight_{name}", 0.0) for name in ("mean", "square_mean"))
+        if square:
+            out["sampling/effective_sample_size"] = mean**2 / square
         return out | {n: (v if n.endswith("/max") else -v) for n, v in extremes.items()}
 
 
@@ -108,11 +112,13 @@ def group_metrics(groups: Sequence[Group], reward_BG: Tensor, component_NR: Tens
     lengths = torch.tensor([len(c.token_ids) for c in completions], dtype=torch.float64)
     ended = lengths[torch.tensor([not c.truncated for c in completions])]
     failed = (~component_NR.isfinite()).any(1).sum().item()
-    reward_BG = reward_BG.masked_fill(~reward_BG.isfinite().all(1, keepdim=True), 0.0)
-    spread_B = reward_BG.std(1) if reward_BG.shape[1] > 1 else torch.zeros(len(reward_BG))
-    equal_B = (reward_BG == reward_BG[:, :1]).all(1)
+    rewarded = reward_BG[reward_BG.isfinite()]
+    whole_BG = reward_BG[reward_BG.isfinite().all(1)]  # where a reward failed, nothing is known of the group's spread
+    spread_B = whole_BG.std(1) if len(whole_BG) and whole_BG.shape[1] > 1 else torch.zeros(len(whole_BG))
+    equal_B = (whole_BG == whole_BG[:, :1]).all(1)
     known = component_NR.double().nan_to_num(0.0)
-    sums = {"n": len(lengths), "b": len(groups), "reward": reward_BG.double().sum().item(),
+    sums = {"n": len(lengths), "b": len(groups), "reward": rewarded.double().sum().item(),
+            "rewarded": len(rewarded), "whole": len(whole_BG),
             "reward_std": spread_B.double().sum().item(), "frac_reward_zero_std": equal_B.double().sum().item(),
             "length": lengths.sum().item(), "ended": len(ended), "ended_length": ended.sum().item(),
             "failed": failed}  # fmt: skip
@@ -127,8 +133,9 @@ def group_metrics(groups: Sequence[Group], reward_BG: Tensor, component_NR: Tens
     ends = engine.reduce({"max": lengths.max().item(), "min": -lengths.min().item(),
                           "ended_max": torch.cat([ended, -nothing]).max().item(),
                           "ended_min": -torch.cat([ended, nothing]).min().item()}, "max")  # fmt: skip
-    out = {"reward": s["reward"] / s["n"], "reward_std": s["reward_std"] / s["b"],
-           "frac_reward_zero_std": s["frac_reward_zero_std"] / s["b"], "rewards/failed": s["failed"],
+    out = {"reward": s["reward"] / max(s["rewarded"], 1),
+           "reward_std": s["reward_std"] / max(s["whole"], 1),
+           "frac_reward_zero_std": s["frac_reward_zero_std"] / max(s["whole"], 1), "rewards/failed": s["failed"],
            "completions/mean_length": s["length"] / s["n"], "completions/min_length": -ends["min"],
            "completions/max_length": ends["max"],
            "completions/clipped_ratio": (s["n"] - s["ended"]) / s["n"]}  # fmt: skip

@@ -127,8 +127,6 @@ class Policy(nn.Module):
         # Asked now: with its adapter off, a model trains nothing.
         self.tower_trained = any(p.requires_grad for p in thinker.audio_tower.parameters())
         self.audio_cache = AudioCache() if audio_cache is None else audio_cache
-        if self.audio_cache.folder:
-            self.audio_cache.of(self._tower_fingerprint())
 
     @property
     def thinker(self) -> Qwen2_5OmniThinkerForConditionalGeneration:
@@ -175,6 +173,8 @@ class Policy(nn.Module):
         """
         if self.tower_trained:  # what was kept is of other weights
             return [self._hear(p) for p in prompts]
+        if self.audio_cache.folder and self.audio_cache.home is None:
+            self.audio_cache.of(self._tower_fingerprint())
         kept = {p.clip_sha256: self.audio_cache.get(p.clip_sha256) for p in prompts}
         missing = [p for p in {p.clip_sha256: p for p in prompts}.values() if kept[p.clip_sha256] is None]
         for p in missing:

@@ -220,7 +220,7 @@ def _arms(run: Path, words: Sequence[str], config_dir: Path | None) -> tuple[lis
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    from grpo.config import build, check_call, check_targets
+    from grpo.config import build, build_objective, check_call, check_targets
 
     for name in ("config.yaml", ".hydra/overrides.yaml"):
         if not (run / name).exists():
@@ -253,11 +253,12 @@ def _arms(run: Path, words: Sequence[str], config_dir: Path | None) -> tuple[lis
 
     def built(cfg, group: str, *positional: str):
         check_targets(cfg[group], group)
-        made = build(cfg[group], group)
-        if group == "advantage":
-            from grpo.advantage import declared
+        if group == "loss":
+            return build_objective(cfg)
+        from grpo.advantage import declared
 
-            check_call(group, partial(made, **dict.fromkeys(declared(made))), *positional)
+        made = build(cfg[group], group)
+        check_call(group, partial(made, **dict.fromkeys(declared(made))), *positional)
         return made
 
     for combination in itertools.product(*choices) if given else []:

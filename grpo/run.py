@@ -25,13 +25,22 @@ from grpo.advantage import declared
 from grpo.audio_cache import AudioCache
 from grpo.batch import Group, moves_without_advantage, needs
 from grpo.checkpoint import Checkpoints, write_json
-from grpo.config import ROLLOUT_KEYS, ConfigError, Settings, build, check_call, engine_keys, settings
+from grpo.config import (
+    ROLLOUT_KEYS,
+    ConfigError,
+    RunError,
+    Settings,
+    build,
+    build_objective,
+    check_call,
+    engine_keys,
+    settings,
+)
 from grpo.display import Display
 from grpo.engine import Engine, start_distributed, zero_config
 from grpo.evaluate import accuracy
 from grpo.loading import Loader
 from grpo.loss.formula import describe
-from grpo.loss.weight import correction
 from grpo.policy import Policy
 from grpo.report import closing_lines, curves
 from grpo.rollout import RolloutError
@@ -39,6 +48,7 @@ from grpo.rollout.lag import Rollouts
 from grpo.sync.names import SyncError
 from grpo.tracking import NoTracker, RunLog
 from rewards.accuracy import accuracy as answer_is_right
+from rewards.weighted import RewardError
 
 # Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
 FREE_ON_RESUME = set(
@@ -86,11 +96,8 @@ class Run:
 
         self.advantage = build(cfg.advantage, "advantage")
         check_call("advantage", partial(self.advantage, **dict.fromkeys(declared(self.advantage))), "reward_BG")
-        self.objective = build(cfg.loss, "loss")
-        for piece, positional in getattr(self.objective, "calls", {}).items():
-            check_call(f"loss.{piece}", getattr(self.objective, piece), *positional)
-        self._correct()
-        # A record holds every group of its step, and recording must not change the run.
+        self.objective = build_objective(cfg)
+        # A record holds every group of its step.
         self.idle_groups_rest = not (s.save_rollouts or moves_without_advantage(self.objective))
         self.rewards = build(cfg.rewards, "rewards")
         if s.dynamic_sampling_by not in ("reward", *self.rewards.names):
@@ -137,18 +144,6 @@ class Run:
     def _encode(self, question):
         """Question -> Encoded. Raises ClipError when its audio cannot be read."""
         return self.policy.encode(question, self.dataset.clip(question))
-
-    def _correct(self) -> None:
-        """Give the objective the weight that `rollout.correction` asks for."""
-        s = self.settings
-        if s.rollout_correction == "none":
-            return
-        if not hasattr(self.objective, "weights"):
-            raise ConfigError("rollout.correction weighs the policy term of grpo.loss.objective.Objective, and loss= "
-                              "is another: take the weight from grpo.loss.weight there")  # fmt: skip
-        self.objective.weights["sampler"] = correction(
-            s.rollout_correction, s.rollout_correction_level, s.rollout_correction_cap
-        )
 
     def quarantine(self, failed: list[tuple[str, str, str]]) -> None:
         """Leave questions out from now on, visibly; stop the run when they become too many."""
@@ -223,24 +218,26 @@ class Run:
 
         end = min(s.steps, s.stop_at or s.steps)
         # `done`: what a step trained, until it is synced, evaluated and logged
-        trained, done = first, state.pop("unfinished", None)
+        trained, done, tokens = first, state.pop("unfinished", None), self.tokens
         finish = partial(self._finish, state=state, log=log, end=end)
         try:
             if done:
                 finish(trained, **done, groups=[])
             with profile.traced(s.traced_steps * (self.rank == 0), self.folder, show.say) as tick:
                 while trained < end:
-                    done = None
+                    done, tokens = None, self.tokens
                     metrics, rows, groups = loop.step(self, trained)
                     trained, done = trained + 1, {"metrics": metrics, "rows": self.engine.gather(rows)}
                     finish(trained, **done, groups=groups)
                     tick()
-        except (RolloutError, SyncError) as error:
+        except (RolloutError, SyncError, RewardError, FloatingPointError) as error:
             if trained == 0:
-                raise
+                raise RunError(str(error)) from error
+            if done is None:  # the step will be made anew
+                self.tokens = tokens
             left = state | self._progress() | {"unfinished": done}
             self.checkpoints.save(trained, self.policy, self.engine, left, best=False)
-            raise RolloutError(f"{error}\nThe checkpoint of step {trained} is written: when the cause is mended, go on "
+            raise RunError(f"{error}\nThe checkpoint of step {trained} is written: when the cause is mended, go on "
                                f"with name={self.folder.name} resume=true") from error  # fmt: skip
         show.stop()
         summary = self._summary(state, end, time.perf_counter() - began)

@@ -32,7 +32,7 @@ def guard_packages() -> None:
 @hydra.main(config_path="pkg://conf", config_name="train", version_base="1.3")
 def run(cfg: DictConfig) -> float | None:
     # Imported here: --help and --cfg answer without waiting for torch.
-    from grpo.config import ConfigError, check_targets
+    from grpo.config import ConfigError, RunError, check_targets
     from grpo.display import Display
     from grpo.rollout import RolloutError
     from grpo.sync.names import SyncError
@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> float | None:
         summary = Run(cfg, folder, display).train()
         stop_distributed()
         return summary["accuracy/final"]  # what a sweeper (Optuna) looks at
-    except (ConfigError, RolloutError, SyncError) as error:
+    except (ConfigError, RunError, RolloutError, SyncError) as error:
         display.stop()
         if one_of_many:
             raise  # the other jobs go on; this one is listed as failed

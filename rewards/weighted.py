@@ -20,7 +20,7 @@ CONTEXT = {
 
 
 class RewardError(RuntimeError):
-    """Too many completions of one call could not be scored."""
+    """Too many completions of a step could not be scored."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class WeightedRewards:
 
     Signatures are checked here, not after a rollout: a function is given those keywords of CONTEXT that it declares.
 
-    `max_failed` is the fraction of completions of one `score` call that may fail before the run is stopped.
+    `max_failed` is the fraction of a step's completions that may fail before the run is stopped: see `check`.
     Raises ValueError for no component, a weight that is no finite number, or a function that cannot be called so.
     """
 
@@ -78,7 +78,7 @@ class WeightedRewards:
     def score(self, completions: Sequence[str], *, contexts: Sequence[Mapping]) -> Scores:
         """Score each completion with its context (the keys of CONTEXT that the components ask for).
 
-        Raises ValueError when a context lacks a key, RewardError when more than `max_failed` of the completions fail.
+        Raises ValueError when a context lacks a key.
         """
         rows, failures = [], []
         for index, (completion, context) in enumerate(zip(completions, contexts, strict=True)):
@@ -92,7 +92,6 @@ class WeightedRewards:
                     row.append(math.nan)
                     failures.append(Failure(index, name, f"{type(error).__name__}: {error}"))
             rows.append(row)
-        self._check(failures, len(rows))
         total = [sum(w * r for w, r in zip(self.weights, row, strict=True)) for row in rows]
         return Scores(rows, total, failures)
 
@@ -112,10 +111,11 @@ class WeightedRewards:
             text += f"{abs(component.weight):g} {name}{'' if own == name else ':' + own}{f'({given})' if given else ''}"
         return text
 
-    def _check(self, failures: list[Failure], n: int) -> None:
-        failed = len({f.index for f in failures})
+    def check(self, failures: Sequence[str], n: int) -> None:
+        """Raise RewardError when more than `max_failed` of a step's `n` completions failed, a line each."""
+        failed = len(failures)
         if failed > self.max_failed * n:
-            first = "\n".join(f"  completion {f.index}, {f.component}: {f.error}" for f in failures[:3])
+            first = "\n".join(f"  {line}" for line in failures[:3])
             raise RewardError(
                 f"{failed} of {n} completions could not be scored, more than max_failed={self.max_failed:g} allows:\n"
                 f"{first}\nMend the reward function, or leave it out with ~rewards.components.NAME; "

@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from grpo.config import ConfigError, build, check_call, check_targets, check_type, run_name, settings
+from grpo.config import ConfigError, build, build_objective, check_call, check_targets, check_type, run_name, settings
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = sorted(p.parent.name + "=" + p.stem for p in CONF.glob("*/*.yaml"))
@@ -97,6 +97,14 @@ def test_uneven_splits_are_refused():
     s.check_ranks(3)
     with pytest.raises(ConfigError, match="4 ranks"):
         s.check_ranks(4)
+
+
+@pytest.mark.parametrize("loss", ["tis", "icepop", "sequence_tis"])
+def test_a_correction_beside_a_loss_that_corrects_is_refused(loss):
+    build_objective(composed(f"loss={loss}"))
+    with pytest.raises(ConfigError, match=r"loss\.weights\..* already weighs .* rollout\.correction=mask"):
+        build_objective(composed(f"loss={loss}", "rollout.correction=mask"))
+    assert "sampler" in build_objective(composed("loss=grpo", "rollout.correction=mask")).weights
 
 
 def test_a_partial_with_missing_arguments_is_refused_at_the_start():

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
+from grpo.bench.loss import loss_stage, step_stage
 from grpo.bench.timing import median, peak_memory, ratio, side_by_side
 from grpo.bench.update import Bench, Shape
 from grpo.logprob import chosen_and_entropy, tempered
+from grpo.lossdocs import ROOT, built
 from grpo.sync.traffic import OMNI_7B
 
 HEAD = """# Performance
@@ -140,6 +142,19 @@ def logits(s: Setting) -> Iterator[str]:
                f"{peak['whole'] / MIB:.0f} MiB / {peak['chunked'] / MIB:.0f} MiB")  # fmt: skip
 
 
+def maths(s: Setting) -> Iterator[str]:
+    """Advantage, loss and metrics
+
+    Their share of the cheapest step there can be: log-probs and entropy of B=2, k=6, T=256, V=152,064 and back.
+    """
+    device = s.bench.policy.device
+    for name in ("grpo", "dapo", "gspo", "vespo"):
+        loss = built(ROOT / "conf" / "loss" / f"{name}.yaml")
+        seconds = side_by_side({"loss": loss_stage(loss, device), "step": step_stage(device)}, s.rounds)
+        share = ratio(seconds["loss"], seconds["step"])
+        yield f"{name:<6} {share.median:.2%} ({share.least:.2%} to {share.most:.2%}) of {median(seconds['step']):.2f} s"
+
+
 def growth(s: Setting) -> Iterator[str]:
     """Growth
 
@@ -183,5 +198,5 @@ def stages(s: Setting) -> Iterator[str]:
 
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[str]]] = {
-    f.__name__: f for f in (forward, memory, ideal, audio, logits, growth, stages)
+    f.__name__: f for f in (forward, memory, ideal, audio, logits, maths, growth, stages)
 }  # fmt: skip

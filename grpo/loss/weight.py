@@ -89,6 +89,9 @@ def high_entropy(x: LossInputs, ratio_NT: Tensor, *, share: float = 0.2) -> Tens
 high_entropy.needs_entropy_cut = True  # `Objective.entropy_quantile` reads this mark and the keyword `share`
 
 
+CORRECTIONS = (token_tis, sequence_tis, icepop, sequence_icepop)
+
+
 def correction(kind: str, level: str, cap: float) -> Callable:
     """The weight that `rollout.correction=kind` (truncate, mask) asks for at `level` (token, sequence).
 

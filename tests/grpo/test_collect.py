@@ -1,5 +1,7 @@
 """Dynamic sampling: which groups a step is made of, what they cost, and that nobody is asked twice."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -37,9 +39,9 @@ def sampling_run(rounds, teach, by="reward", rank=None):
 
     def score(texts, contexts):
         rows = [[float(int(t) in teach), float(i % 2)] for i, t in enumerate(texts)]
-        return type("Scores", (), {"components": rows, "total": [a + b * (by != "reward") for a, b in rows]})
+        return SimpleNamespace(components=rows, total=[a + b * (by != "reward") for a, b in rows], failures=[])
 
-    run.rewards = type("Rewards", (), {"names": ("right", "other"), "score": staticmethod(score)})
+    run.rewards = SimpleNamespace(names=("right", "other"), score=score, check=lambda failures, n: None)
     return run
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -22,8 +23,10 @@ ONE = SPLITS | {
     "checkpointing-zero3": {"stage": 3, "micro": 2, "checkpointing": True},
     **{f"{a}-{m}": {"stage": 0, "micro": m, "aggregated": a} for a in ("token_mean", "constant") for m in (1, 4)},
 }
-SGD = {"sgd": {"stage": 0, "micro": 4, "sgd": 1.0}, "poisoned": {"stage": 0, "micro": 4, "poisoned": True}} | {
-    f"clipped-zero{stage}": {"stage": stage, "micro": 2, "sgd": 1.0, "clip": 1e-4} for stage in (0, 2, 3)
+SGD = {
+    "sgd": {"stage": 0, "micro": 4, "sgd": 1.0},
+    **{f"poisoned-zero{stage}": {"stage": stage, "micro": 4, "poisoned": True} for stage in (0, 2, 3)},
+    **{f"clipped-zero{stage}": {"stage": stage, "micro": 2, "sgd": 1.0, "clip": 1e-4} for stage in (0, 2, 3)},
 }
 TWO = SPLITS | {f"{a}-1": {"stage": 0, "micro": 1, "aggregated": a} for a in ("token_mean", "constant")}
 
@@ -102,10 +105,12 @@ def test_clipping_scales_the_step_and_not_the_reported_norm(results, name):
         assert (moved - plain[key] * (1 - 1e-4 / norm)).abs().max() <= 1e-6
 
 
-def test_a_gradient_that_is_not_finite_is_refused_before_the_step(results):
-    poisoned = results["1-poisoned"]
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(results, stage):
+    poisoned, other = results[f"1-poisoned-zero{stage}"], results["1-poisoned-zero0"]
     assert poisoned["norm"].item() == -1
-    assert all(poisoned[k].isfinite().all() for k in poisoned if k.startswith("after/"))
+    after = [k for k in poisoned if k.startswith("after/")]
+    assert after and all(torch.equal(poisoned[k], other[k]) and poisoned[k].isfinite().all() for k in after)
 
 
 def test_values_travel_between_ranks(results):

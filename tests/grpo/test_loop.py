@@ -19,6 +19,7 @@ from grpo.loss.objective import Objective
 from grpo.rollout import Sampling
 from grpo.rollout.lag import Rollouts, load_questions
 from grpo.sync import Receipt
+from rewards.weighted import Failure
 from tests.conftest import make_question
 
 # Tokens of groups 0 and 1, and of 2 and 3: with their prompts 25 each. Groups in a micro-batch -> micro_tokens
@@ -123,10 +124,13 @@ class Rewards:
     def __init__(self):
         self.contexts = {}  # of each group
 
+    def check(self, failures, n):
+        self.checked = list(failures), n
+
     def score(self, texts, contexts):
         self.contexts[texts[0][0]] = contexts
         total = [float("nan") if t in self.raising else float(t[1]) for t in texts]
-        failures = [SimpleNamespace(index=i) for i, t in enumerate(texts) if t in self.raising]
+        failures = [Failure(i, "second", "ValueError: no") for i, t in enumerate(texts) if t in self.raising]
         return SimpleNamespace(components=[[r] for r in total], total=total, failures=failures)
 
 
@@ -261,6 +265,9 @@ def test_a_failed_reward_takes_its_group_out():
     given = torch.cat([x.advantage_N for x in run.objective.seen]).tolist()
     assert given == [-0.5, 0.5, 0, 0, -0.5, 0.5, -0.5, 0.5] == [r["advantage"] for r in rows]
     assert metrics["rewards/failed"] == 2 and metrics["rewards/second/mean"] == pytest.approx(4 / 7)
+    # a step's failures are weighed against all its completions, over both ranks; a failed one is no reward of 0
+    assert run.rewards.checked == (["question 1, completion 0, second: ValueError: no"] * 2, 16)
+    assert metrics["reward"] == pytest.approx(4 / 7) and metrics["frac_reward_zero_std"] == 0
 
 
 def test_groups_without_advantage_are_not_computed_where_the_loss_is_silent_about_them():

@@ -245,7 +245,7 @@ def test_a_plain_function_can_stand_in_for_an_objective(recorded, policy):
 
 RUN = ["debug=one_step", "tracking=none", "max_tokens=40", "generations=6", "model.tiny.warm_start.steps=60",
        "updates=2", "micro_tokens=200", "questions=4", "model.lora.dropout=0.05", "loss=dapo",
-       "loss.surrogate.clip_high=0.3", "beta=0.05", "save_rollouts=2"]  # fmt: skip
+       "loss.surrogate.clip_high=0.3", "beta=0.05", "save_rollouts=2", "rollout.correction=truncate"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +293,7 @@ def test_arms_are_combinations_and_only_the_run_itself_has_its_overrides(run):
     arms, _ = replay_loss.arms(run, ["loss=dapo,grpo", "advantage=group_std,group_mean"])
     assert [a.name for a in arms] == ["dapo (this run)", "dapo advantage=group_std", "dapo advantage=group_mean",
                                       "grpo advantage=group_std", "grpo advantage=group_mean"]  # fmt: skip
+    assert all("sampler" in a.loss.weights for a in arms)  # rollout.correction, as in the run
     highs = [a.loss.surrogate.keywords["clip_high"] for a in arms]
     assert highs == [0.3, 0.28, 0.28, 0.2, 0.2] and arms[3].loss.beta == 0.05
     again, _ = replay_loss.arms(run, ["loss=grpo,dapo", "loss.surrogate.clip_high=0.3"])

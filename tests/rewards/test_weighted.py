@@ -98,17 +98,16 @@ def test_a_failure_is_nan_and_counted_never_zero(completion, error):
     assert error in failure.error
 
 
-def test_past_the_threshold_the_call_raises():
-    rewards = of(moody=moody)
+def test_past_the_threshold_a_step_raises():
+    rewards, lines = of(moody=moody), ["completion 8, moody: KeyError", "completion 9"]
     with pytest.raises(RewardError) as error:
-        rewards.score(["fine"] * 8 + ["raise"] * 2, contexts=[{}] * 10)
-    for part in ("2 of 10", "completion 8, moody: KeyError", "completion 9", "~rewards.components"):
+        rewards.check(lines, 10)
+    for part in ("2 of 10", *lines, "~rewards.components"):
         assert part in str(error.value)
-    assert len(rewards.score(["fine"] * 18 + ["raise"] * 2, contexts=[{}] * 20).failures) == 2
+    rewards.check(lines, 20)
 
 
-def test_the_threshold_counts_completions_not_components():
-    # one of ten completions fails in both components: 0.1, not 0.2
+def test_every_failed_component_is_told():
     assert of(a=moody, b=moody).score(["raise"] + ["x"] * 9, contexts=[{}] * 10).failures == [
         Failure(0, "a", "KeyError: 'no such sound'"),
         Failure(0, "b", "KeyError: 'no such sound'"),
