@@ -103,6 +103,7 @@ class Policy(nn.Module):
 
     Args:
         path: folder (or hub name) of a Qwen2.5-Omni checkpoint, full-Omni or Thinker layout.
+        processor: where its processor is, if not in `path`: published Thinkers come with a tokenizer only.
         lora: r, alpha, dropout, targets (regex over the Thinker's module names) and `seed` of A's initial values;
             None leaves the model as it is.
         temperature: of sampling and of all log-probabilities.
@@ -111,12 +112,13 @@ class Policy(nn.Module):
     """
 
     def __init__(self, path, lora: Mapping | None, *, prompt, dtype="float32", temperature=1.0, device="cpu",
-                 gradient_checkpointing=False, forward="shared", attention="sdpa", zero3=None):  # fmt: skip
+                 gradient_checkpointing=False, forward="shared", attention="sdpa", zero3=None,
+                 processor=None):  # fmt: skip
         super().__init__()
         if forward not in ("shared", "separate"):
             raise ValueError(f"model.forward must be 'shared' or 'separate', got {forward!r}")
         self.prompt, self.temperature, self.layout, self.pad = prompt, float(temperature), forward, "right"
-        self.processor = Qwen2_5OmniProcessor.from_pretrained(path)
+        self.processor = Qwen2_5OmniProcessor.from_pretrained(processor or path)
         self.tokenizer = self.processor.tokenizer
         # Must outlive the model: from_pretrained reads it to load each weight already partitioned.
         self._zero3 = HfDeepSpeedConfig(dict(zero3)) if zero3 else None
@@ -152,8 +154,13 @@ class Policy(nn.Module):
         """Prompt ids and log-mel features of one question, equal to what the processor makes of the pair.
 
         The processor pads every clip to its chunk length (300 s, 15 MB); here one FFT window of zeros is enough for
-        the same frames.
+        the same frames. Without a clip: the same prompt without its audio part.
         """
+        messages, audio = self.prompt.messages(question), self.processor.audio_token
+        if clip is None:
+            silent = [m | {"content": [part for part in m["content"] if part["type"] != "audio"]} for m in messages]
+            text = self.processor.apply_chat_template(silent, tokenize=False, add_generation_prompt=True)
+            return Encoded(question.id, self.tokenizer(text, return_tensors="pt")["input_ids"][0], None, "")
         extractor = self.processor.feature_extractor
         if clip.hz != extractor.sampling_rate:
             raise ValueError(f"question {question.id}: clip at {clip.hz} Hz, the model wants {extractor.sampling_rate}")
@@ -164,26 +171,27 @@ class Policy(nn.Module):
         _, tokens = self.thinker.audio_tower._get_feat_extract_output_lengths(torch.tensor(frames))
         if int(tokens) < 1:
             raise ValueError(f"question {question.id}: a clip of {clip.seconds * 1000:.0f} ms gives no audio token")
-        text = self.processor.apply_chat_template(
-            self.prompt.messages(question), tokenize=False, add_generation_prompt=True
-        )
-        audio = self.processor.audio_token
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if text.count(audio) != 1:
             raise ValueError(f"question {question.id}: the prompt holds {text.count(audio)} audio slots instead of one")
         ids = self.tokenizer(text.replace(audio, audio * int(tokens)), return_tensors="pt")["input_ids"][0]
         return Encoded(question.id, ids, features["input_features"][0, :, :frames], clip.sha256, clip.samples)
 
     def encode_audio(self, prompts: Sequence[Encoded]) -> list[Tensor]:
-        """Audio embeddings [tokens, hidden] of each prompt. No gradient: the tower is frozen."""
-        frames = torch.tensor([p.mel.shape[1] for p in prompts])
-        mel = torch.zeros(len(prompts), prompts[0].mel.shape[0], int(frames.max()))
-        for row, p in zip(mel, prompts, strict=True):
+        """Audio embeddings [tokens, hidden] of each prompt, none without a clip. No gradient: the tower is frozen."""
+        none = torch.zeros(0, self.thinker.config.get_text_config().hidden_size, device=self.device)
+        if not (heard := [p for p in prompts if p.mel is not None]):
+            return [none] * len(prompts)
+        frames = torch.tensor([p.mel.shape[1] for p in heard])
+        mel = torch.zeros(len(heard), heard[0].mel.shape[0], int(frames.max()))
+        for row, p in zip(mel, heard, strict=True):
             row[:, : p.mel.shape[1]] = p.mel
         mask = (torch.arange(mel.shape[2])[None] < frames[:, None]).long()
         with torch.no_grad():
             out = self.thinker.get_audio_features(mel.to(self.device), mask.to(self.device)).last_hidden_state
         _, tokens = self.thinker.audio_tower._get_feat_extract_output_lengths(frames)
-        return list(out.split(tokens.tolist()))
+        parts = iter(out.split(tokens.tolist()))
+        return [none if p.mel is None else next(parts) for p in prompts]
 
     def embed(self, ids_RL: Tensor, audio: Sequence[Tensor]) -> Tensor:
         """Token embeddings [R, L, H] with each row's audio put in its placeholders. `audio` has one entry a row."""

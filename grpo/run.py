@@ -23,23 +23,23 @@ from data.sampler import Sampler
 from grpo import loop
 from grpo.advantage import declared
 from grpo.batch import Group, needs
+from grpo.benchmark import benchmarks
 from grpo.checkpoint import Checkpoints, write_json
 from grpo.config import ROLLOUT_KEYS, ConfigError, Settings, build, check_call, engine_keys, settings
 from grpo.display import Display
 from grpo.engine import Engine, start_distributed, zero_config
-from grpo.evaluate import accuracy
 from grpo.loss.formula import describe
 from grpo.loss.weight import correction
 from grpo.policy import Policy
+from grpo.predict import heldout_accuracy, prompt_hash, spread
 from grpo.report import closing_lines, curves
 from grpo.rollout import RolloutError
 from grpo.rollout.lag import Rollouts
 from grpo.sync.names import SyncError
 from grpo.tracking import NoTracker, RunLog
-from rewards.accuracy import accuracy as answer_is_right
 
 # Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
-FREE_ON_RESUME = set("resume stop_at name tracking checkpoint log samples encoded cache dry_run engine".split())
+FREE_ON_RESUME = set("bench resume stop_at name tracking checkpoint log samples encoded cache dry_run engine".split())
 
 # Of the rollout engine only these must stay: where and how fast it samples is free.
 KEPT_OF_ROLLOUT = {"_target_", "top_p", "top_k", "min_p", *ROLLOUT_KEYS}
@@ -99,6 +99,8 @@ class Run:
             raise ConfigError(f"dynamic_sampling.rounds={s.dynamic_sampling_rounds} x questions={s.questions}, but "
                               f"there are only {len(self.dataset.train)} training questions")  # fmt: skip
         self.quarantined: dict[str, str] = {p.id: p.reason for p in self.dataset.problems if p.id}
+        self.heldout = spread(self.dataset.eval, s.eval_questions)
+        self.benchmarks = benchmarks(cfg.get("bench"))
 
         prompt = build(cfg.prompt, "prompt")
         path = prepare_model(cfg, self.dataset, prompt, self.rank, self.world, display)
@@ -110,6 +112,7 @@ class Run:
             temperature=s.temperature, device=device,
             gradient_checkpointing=cfg.model.gradient_checkpointing, forward=cfg.model.forward,
             attention=cfg.model.attention, zero3=zero if cfg.engine.stage == 3 else None,
+            processor=cfg.model.get("processor"),
         )  # fmt: skip
         self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
         if hasattr(get_object(cfg.rollout._target_), "every_rank"):  # an engine with weights of its own takes a while
@@ -129,6 +132,9 @@ class Run:
     def _encode(self, question):
         """Question -> Encoded; `encode` remembers the latest. Raises ClipError when its audio cannot be read."""
         return self.policy.encode(question, self.dataset.clip(question))
+
+    def _encode_for(self, bench, question):
+        return self.policy.encode(question, bench.clip(question))
 
     def _correct(self) -> None:
         """Give the objective the weight that `rollout.correction` asks for."""
@@ -153,13 +159,16 @@ class Run:
             raise RuntimeError(f"{bad} of {len(self.dataset.train)} training clips could not be read, more than "
                                f"data.max_bad_fraction allows; look at them with `python -m data.check`")  # fmt: skip
 
-    def heldout_accuracy(self) -> float:
+    def evaluate(self) -> dict[str, float]:
+        """Greedy accuracy on the held-out questions, and on the benchmarks of `bench` where there are any."""
+        score = partial(heldout_accuracy, rollout=self.rollout, engine=self.engine,
+                        max_tokens=self.settings.max_tokens, batch=self.settings.eval_batch)  # fmt: skip
         with self.clock("evaluate"):
-            return accuracy(
-                self.dataset.eval, self.encode, self.rollout, self.engine, max_tokens=self.settings.max_tokens,
-                batch=self.settings.eval_batch,
-                correct=lambda text, q: answer_is_right(text, choices=q.choices, answer=q.answer),
-            )  # fmt: skip
+            scores = {"accuracy/heldout": score(self.heldout, self.encode)}
+            for bench in self.benchmarks:
+                asked = spread(bench.questions, self.settings.eval_questions)
+                scores[f"accuracy/{bench.name}"] = score(asked, partial(self._encode_for, bench))
+            return scores
 
     def header(self) -> str:
         """The first lines of a run: exactly what is optimised, on what, by which weights."""
@@ -204,11 +213,12 @@ class Run:
         tracker.start(self.folder, OmegaConf.to_container(self.cfg, resolve=True), self.folder.name)
         log = RunLog(self.folder, tracker, first if state else -1) if self.rank == 0 else None
         if state is None:
-            write_provenance(self.cfg, self.folder, self.dataset.fingerprint, self.rank)
-            start = self.heldout_accuracy()
+            write_provenance(self.cfg, self.folder, self.dataset.fingerprint, self.rank, prompt_hash(self.policy))
+            scores = self.evaluate()
+            start = scores["accuracy/heldout"]
             state = {"accuracy/start": start, "accuracy/best": start, "accuracy/final": start, "completions": 0}
             if self.rank == 0:
-                log.metrics(0, {"accuracy/heldout": start})
+                log.metrics(0, scores)
         show.say(f"held-out accuracy at the start: {state['accuracy/start']:.3f}")
         show.start("train", s.steps, first)
 
@@ -248,7 +258,8 @@ class Run:
             self.engine.refresh_reference()
         best = False
         if step % s.eval_every == 0 or step == s.steps:
-            now = metrics["accuracy/heldout"] = self.heldout_accuracy()
+            metrics |= (scores := self.evaluate())
+            now = scores["accuracy/heldout"]
             best = now > state["accuracy/best"]
             state |= {"accuracy/final": now, "accuracy/best": max(state["accuracy/best"], now)}
         state["completions"] += s.questions * s.generations * int(metrics.get("dynamic_sampling/rounds", 1))
@@ -301,7 +312,7 @@ class Run:
         return state
 
     def _summary(self, state: dict, steps: int, seconds: float) -> dict:
-        questions = self.dataset.eval
+        questions = self.heldout
         usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         summary = {k: state[k] for k in ("accuracy/start", "accuracy/final", "accuracy/best", "completions")}
         summary |= {
@@ -324,7 +335,7 @@ def _module(part) -> str:
 
 def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, display: Display) -> str:
     """Path of the checkpoint to train: as configured, or a tiny one built and warm-started into the cache."""
-    if "tiny" not in cfg.model:
+    if cfg.model.path is not None or "tiny" not in cfg.model:
         return str(cfg.model.path)
     from grpo.tiny import prepared
 
@@ -342,7 +353,7 @@ def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, displ
     return str(path)
 
 
-def write_provenance(cfg: DictConfig, folder: Path, fingerprint: str, rank: int) -> None:
+def write_provenance(cfg: DictConfig, folder: Path, fingerprint: str, rank: int, prompt: str) -> None:
     """The resolved config, versions, commit and data fingerprint: what a reader of the numbers has to know."""
     if rank:
         return
@@ -354,4 +365,5 @@ def write_provenance(cfg: DictConfig, folder: Path, fingerprint: str, rank: int)
         "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
         "machine": platform.machine(), "threads": torch.get_num_threads(),
         "git_commit": git.stdout.strip() if git.returncode == 0 else None, "data_fingerprint": fingerprint,
+        "prompt_hash": prompt,
     })  # fmt: skip
