@@ -8,6 +8,7 @@ import random
 import resource
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -213,7 +214,7 @@ class Run:
         tracker.start(self.folder, OmegaConf.to_container(self.cfg, resolve=True), self.folder.name)
         log = RunLog(self.folder, tracker, first if state else -1) if self.rank == 0 else None
         if state is None:
-            write_provenance(self.cfg, self.folder, self.dataset.fingerprint, self.rank, prompt_hash(self.policy))
+            write_provenance(self.cfg, self.folder, facts(self.dataset, self.policy), self.rank)
             scores = self.evaluate()
             start = scores["accuracy/heldout"]
             state = {"accuracy/start": start, "accuracy/best": start, "accuracy/final": start, "completions": 0}
@@ -353,7 +354,14 @@ def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, displ
     return str(path)
 
 
-def write_provenance(cfg: DictConfig, folder: Path, fingerprint: str, rank: int, prompt: str) -> None:
+def facts(dataset, policy) -> dict:
+    """What a model card says of the data, and the prompt's hash."""
+    counts = {key: dict(Counter(getattr(q, key) or "not stated" for q in dataset.train)) for key in ("license", "source")}
+    return {"data_fingerprint": dataset.fingerprint, "prompt_hash": prompt_hash(policy),
+            "data": {"train": len(dataset.train), "eval": len(dataset.eval), **counts}}  # fmt: skip
+
+
+def write_provenance(cfg: DictConfig, folder: Path, facts: Mapping, rank: int) -> None:
     """The resolved config, versions, commit and data fingerprint: what a reader of the numbers has to know."""
     if rank:
         return
@@ -364,6 +372,5 @@ def write_provenance(cfg: DictConfig, folder: Path, fingerprint: str, rank: int,
     write_json(folder / "provenance.json", {
         "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
         "machine": platform.machine(), "threads": torch.get_num_threads(),
-        "git_commit": git.stdout.strip() if git.returncode == 0 else None, "data_fingerprint": fingerprint,
-        "prompt_hash": prompt,
+        "git_commit": git.stdout.strip() if git.returncode == 0 else None, **facts,
     })  # fmt: skip
