@@ -76,7 +76,9 @@ def listener(model: str | Path, *, checkpoint="best", processor=None, prompt=Non
     """A Listener for whatever `model` names (grpo/load.py). Raises ConfigError."""
     found = find(model, checkpoint, processor)
     policy = open_policy(found, prompt_of(found, prompt), dtype=dtype)
-    return Listener(policy, max_tokens=max_tokens or found.max_tokens or 512, name=str(model), window=window, batch=batch)
+    return Listener(
+        policy, max_tokens=max_tokens or found.max_tokens or 512, name=str(model), window=window, batch=batch
+    )
 
 
 def ask(audio: str | Path, text: str, choices: Sequence[str]) -> Question:
@@ -166,7 +168,9 @@ def batch(listener: Listener, manifest: Path, out: Path) -> int:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The words that choose a model, shared by answer, demo and serve."""
-    parser.add_argument("--model", help="run folder, export, checkpoint or hub name (default: the newest run in outputs/)")
+    parser.add_argument(
+        "--model", help="run folder, export, checkpoint or hub name (default: the newest run in outputs/)"
+    )
     parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step (default: best)")
     parser.add_argument("--processor", help="where the processor is, if the model comes without")
     parser.add_argument("--prompt", help="a name of conf/prompt, for a model that does not say its prompt (card)")

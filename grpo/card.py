@@ -1,4 +1,4 @@
-"""The model card of an export, filled from its run: data, settings, scores, limits, licence, and a snippet that runs."""
+"""The model card of an export, filled from its run: data, settings, scores, limits, licence, a snippet that runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpo.config import ConfigError
 from grpo.load import Found
 from grpo.scores import wilson
 
-SNIPPET = '''\
+SNIPPET = """\
 import soundfile, torch, torchaudio
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
@@ -28,17 +28,18 @@ model.to("cuda" if torch.cuda.is_available() else "cpu")
 wave, hz = soundfile.read(CLIP, dtype="float32", always_2d=True)
 wave = torchaudio.functional.resample(torch.from_numpy(wave.mean(axis=1)), hz, 16000).numpy()
 options = {options}
-chat = [{{"role": "user", "content": [{{"type": "audio"}}, {{"type": "text", "text": INSTRUCTION + QUESTION + options}}]}}]
+asked = [{{"type": "audio"}}, {{"type": "text", "text": INSTRUCTION + QUESTION + options}}]
+chat = [{{"role": "user", "content": asked}}]
 if SYSTEM:
     chat = [{{"role": "system", "content": [{{"type": "text", "text": SYSTEM}}]}}, *chat]
 prompt = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 inputs = processor(text=prompt, audio=wave, sampling_rate=16000, return_tensors="pt").to(model.device, model.dtype)
 ids = model.generate(**inputs, do_sample=False, max_new_tokens={max_tokens})
 print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-'''
+"""
 OPTIONS = {
-    "lines": r'''"\nChoices:\n" + "\n".join(f"{chr(65 + i)}. {text}" for i, text in enumerate(CHOICES))''',
-    "inline": r'''" " + " ".join(f"({chr(65 + i)}) {text}" for i, text in enumerate(CHOICES))''',
+    "lines": r""""\nChoices:\n" + "\n".join(f"{chr(65 + i)}. {text}" for i, text in enumerate(CHOICES))""",
+    "inline": r"""" " + " ".join(f"({chr(65 + i)}) {text}" for i, text in enumerate(CHOICES))""",
 }
 
 

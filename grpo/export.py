@@ -1,6 +1,6 @@
 """Make a model of a run that others can use: `python -m grpo.export RUN OUT`.
 
-    OUT/config.json, model*.safetensors, ...   the merged model in the full-Omni layout: loads in transformers and in vLLM
+    OUT/config.json, model*.safetensors, ...   the merged model, full-Omni layout: for transformers and vLLM
     OUT/adapter/                               the LoRA adapter alone, for transformers + peft
     OUT/adapter-vllm/                          the same under the names that vLLM knows
     OUT/prompt.json, README.md                 how it is asked (with the prompt's hash), and the model card
@@ -49,7 +49,9 @@ def local(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
-        raise ConfigError(f"{name} is neither a folder nor to be had from the hub: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"{name} is neither a folder nor to be had from the hub: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def export(found: Found, out: Path, *, prompt, scores: list[Path] = [], title: str | None = None,  # noqa: B006

@@ -356,7 +356,9 @@ def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, displ
 
 def facts(dataset, policy) -> dict:
     """What a model card says of the data, and the prompt's hash."""
-    counts = {key: dict(Counter(getattr(q, key) or "not stated" for q in dataset.train)) for key in ("license", "source")}
+    counts = {
+        key: dict(Counter(getattr(q, key) or "not stated" for q in dataset.train)) for key in ("license", "source")
+    }
     return {"data_fingerprint": dataset.fingerprint, "prompt_hash": prompt_hash(policy),
             "data": {"train": len(dataset.train), "eval": len(dataset.eval), **counts}}  # fmt: skip
 
