@@ -2,7 +2,8 @@
 
 Upload or record a clip, write a question and its choices; thought, semantic elements and answer are shown apart. The
 standard library's server and one HTML file: nothing is fetched from elsewhere, no clip outlives its answer. On
-loopback; --host elsewhere wants GRPO_DEMO_TOKEN in the environment, and the page opened with #token=... behind its address.
+loopback; --host elsewhere wants GRPO_DEMO_TOKEN in the environment, and the page opened with #token=... at the end
+of its address.
 """
 
 from __future__ import annotations

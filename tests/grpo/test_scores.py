@@ -7,7 +7,8 @@ from grpo.scores import mcnemar, paired, permuted, summary, table, wilson
 
 def row(name, strict, chosen=0, **changes):
     return {"id": name, "strict": strict, "official": strict, "official_verbatim": False, "chosen": chosen,
-            "letter": "A", "gold_letter": "B", "state": "ok", "think": "one two", "tokens": 3, "meta": {}} | changes  # fmt: skip
+            "letter": "A", "gold_letter": "B", "state": "ok", "think": "one two", "tokens": 3,
+            "meta": {}} | changes  # fmt: skip
 
 
 def test_wilson():
