@@ -167,7 +167,7 @@ def test_the_published_layout_loads_and_is_converted(checkpoint, tmp_path, capsy
 
 def test_the_cards_snippet_runs_as_pasted(out, tmp_path):
     card = (out / "README.md").read_text()
-    # A random model likes special tokens, which our sampler bans and plain transformers does not: here their logits are 0
+    # A random model likes special tokens, which our sampler bans and transformers does not: here their logits are 0
     tensors = load_file(out / "model.safetensors")
     banned = [i for i in exported(out).banned_ids if i < len(tensors["thinker.lm_head.weight"])]
     tensors["thinker.lm_head.weight"][banned] = 0
