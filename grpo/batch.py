@@ -105,6 +105,25 @@ def needs(loss) -> Needs:
     )
 
 
+def moves_without_advantage(loss) -> bool:
+    """Whether groups of advantage 0 may change the policy or the denominators: then none may be left out of a step.
+
+    Tried out, not declared: a user's surrogate need not know of the question. An entropy bonus may be off just now.
+    """
+    if not getattr(loss, "invariant", False) or getattr(loss, "entropy", None) is not None:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    rows = [-3 * torch.rand(4, 6, generator=generator) for _ in range(5)]
+    logp_NT, entropy_NT = rows[0].requires_grad_(), rows[4].neg().requires_grad_()
+    x = LossInputs(logp_NT, *rows[1:4], entropy_NT, torch.zeros(4), torch.ones(4, 6, dtype=torch.bool), 24.0, 4.0,
+                   group_size=2, n_micro_batches=1.0, entropy_cut=1.0)  # fmt: skip
+    total = loss(x).loss
+    if not total.requires_grad:
+        return False
+    moved = torch.autograd.grad(total, [logp_NT, entropy_NT], allow_unused=True)
+    return any(bool((m != 0).any()) for m in moved if m is not None)
+
+
 def quantile(entropies: Sequence[Tensor], share: float) -> float:
     """The `share` quantile (linear between neighbours) of all tokens' entropies: `LossInputs.entropy_cut`.
 

@@ -8,7 +8,6 @@ groups that teach nothing fill the step: B and all denominators stay what they a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -34,13 +33,13 @@ class Earned:
 def collect(run, step: int) -> tuple[list[Earned], dict[str, float]]:
     """This rank's share of the step's questions, in order, and the metrics of dynamic sampling. Every rank calls."""
     s, engine = run.settings, run.engine
-    mine = _score(run, *run.rollouts.take(step))
+    mine = _counted(run, run.rollouts.take(step))
     if s.dynamic_sampling_rounds == 1:
         return mine, {}
     component = None if s.dynamic_sampling_by == "reward" else run.rewards.names.index(s.dynamic_sampling_by)
     asked, rounds = engine.gather(mine), 1
     while sum(e.differs(component) for e in asked) < s.questions and rounds < s.dynamic_sampling_rounds:
-        asked += engine.gather(_score(run, *run.rollouts.more(step, {e.question.id for e in asked})))
+        asked += engine.gather(_counted(run, run.rollouts.more(step, {e.question.id for e in asked})))
         rounds += 1
     teach = [e for e in asked if e.differs(component)]
     chosen = (teach + [e for e in asked if not e.differs(component)])[: s.questions]
@@ -52,21 +51,19 @@ def collect(run, step: int) -> tuple[list[Earned], dict[str, float]]:
     }  # fmt: skip
 
 
-def _score(run, questions: Sequence[Question], groups: Sequence[Group]) -> list[Earned]:
-    """Rewards of this rank's groups. Counts the tokens that were made."""
+def score(rewards, question: Question, group: Group) -> Earned:
+    """What a group earned."""
+    contexts = [
+        {"answer": question.answer, "choices": question.choices, "question": question.question,
+         "n_tokens": len(c.token_ids), "truncated": c.truncated} for c in group.completions
+    ]  # fmt: skip
+    scores = rewards.score([c.text for c in group.completions], contexts=contexts)
+    return Earned(question, group, scores.components, scores.total)
+
+
+def _counted(run, earned: list[Earned]) -> list[Earned]:
+    """Counts the tokens that were made, over all ranks."""
+    groups = [e.group for e in earned]
     made = sum(len(g.prompt.prompt_ids) + sum(len(c.token_ids) for c in g.completions) for g in groups)
     run.tokens += int(run.engine.reduce({"n": float(made)})["n"])
-    with run.clock("reward"):
-        scores = run.rewards.score(
-            [c.text for g in groups for c in g.completions],
-            contexts=[
-                {"answer": q.answer, "choices": q.choices, "question": q.question, "n_tokens": len(c.token_ids),
-                 "truncated": c.truncated}
-                for q, g in zip(questions, groups, strict=True) for c in g.completions
-            ],
-        )  # fmt: skip
-    size = run.settings.generations
-    return [
-        Earned(q, g, scores.components[b * size : (b + 1) * size], scores.total[b * size : (b + 1) * size])
-        for b, (q, g) in enumerate(zip(questions, groups, strict=True))
-    ]
+    return earned

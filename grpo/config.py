@@ -37,7 +37,7 @@ class Settings:
     seed: int  # of LoRA's A, question order and sampling
     questions: int  # B: questions per step, over all ranks
     generations: int  # G: completions per question
-    micro_questions: int  # questions per forward/backward on a rank
+    micro_tokens: int | None  # tokens per forward/backward on a rank, in whole groups; null: all at once
     updates: int  # optimizer steps per rollout (mu)
     max_tokens: int  # length limit of a completion
     temperature: float
@@ -52,6 +52,8 @@ class Settings:
     log_every: int
     samples_every: int
     encoded: int  # questions whose features stay in memory
+    workers: int  # threads that read and transform the next step's clips ahead of time
+    profile: bool | int  # trace this many steps (true: 2), once the first two are over
     save_rollouts: bool | int  # keep every step, or every n-th, on disk for grpo.replay_loss
     reference_every: int | None  # steps after which the policy becomes its own reference; null: the start stays it
     dynamic_sampling_rounds: int  # rollouts a step at most, to find groups that teach; 1: off
@@ -62,12 +64,14 @@ class Settings:
     rollout_correction_cap: float
 
     def __post_init__(self):
-        for name in ("questions", "generations", "micro_questions", "updates", "max_tokens", "think_words",
+        for name in ("questions", "generations", "updates", "max_tokens", "think_words",
                      "eval_every", "eval_batch", "checkpoint_every", "log_every", "samples_every",
                      "dynamic_sampling_rounds"):  # fmt: skip
             if getattr(self, name) < 1:
                 key = name.replace("_every", ".every").replace("_rounds", ".rounds")
                 raise ConfigError(f"{key} must be at least 1, got {getattr(self, name)}")
+        if self.micro_tokens is not None and self.micro_tokens < 1:
+            raise ConfigError(f"micro_tokens must be at least 1, or null, got {self.micro_tokens}")
         if self.reference_every is not None and self.reference_every < 1:
             raise ConfigError(f"reference_every must be at least 1, or null, got {self.reference_every}")
         if self.dynamic_sampling_rounds > 1 and self.rollout_lag:
@@ -75,7 +79,7 @@ class Settings:
                               "ahead: choose one of them")  # fmt: skip
         if self.eval_questions is not None and self.eval_questions < 1:
             raise ConfigError(f"eval.questions must be at least 1, or null, got {self.eval_questions}")
-        for name in ("steps", "encoded"):
+        for name in ("steps", "encoded", "workers", "profile"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name, choices in {"lag": (0, 1), "correction": ("none", "truncate", "mask"),
@@ -89,14 +93,14 @@ class Settings:
         if self.generations < 2:
             raise ConfigError("generations must be at least 2: a group of one has no advantage")
 
-    def check_ranks(self, world: int) -> int:
-        """Micro-batches per optimizer step on each of `world` ranks. Raises ConfigError where the split is uneven."""
+    @property
+    def traced_steps(self) -> int:
+        return 2 if self.profile is True else int(self.profile)
+
+    def check_ranks(self, world: int) -> None:
+        """Raises ConfigError where the questions of a step cannot be shared evenly."""
         if self.questions % world:
             raise ConfigError(f"questions={self.questions} cannot be shared evenly by {world} ranks")
-        share = self.questions // world
-        if share % min(self.micro_questions, share):
-            raise ConfigError(f"micro_questions={self.micro_questions} does not divide the {share} questions of a rank")
-        return share // min(self.micro_questions, share)
 
 
 def settings(cfg: DictConfig) -> Settings:

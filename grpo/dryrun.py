@@ -29,7 +29,7 @@ def dry_run(cfg: DictConfig, display: Display) -> None:
         small.model = OmegaConf.merge(tiny.model, {"lora": cfg.model.lora})
         small.model.tiny.warm_start.steps = 20
         small.engine.stage = 0
-        small.questions, small.micro_questions = cfg.micro_questions, cfg.micro_questions
+        small.questions = min(cfg.questions, 2)
         small.steps, small.resume, small.cache = 1, False, cfg.cache
         missing = _missing_manifests(cfg)
         if missing:

@@ -55,12 +55,12 @@ def stop_distributed() -> None:
         dist.destroy_process_group()
 
 
-def zero_config(*, stage: int, micro_batches: int, clip: float, dtype: str, world: int) -> dict:
+def zero_config(*, stage: int, clip: float, dtype: str, world: int) -> dict:
     """DeepSpeed's configuration. Every default that changes numbers is set on purpose."""
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": micro_batches * world,
+        "gradient_accumulation_steps": 1,  # `backward` says which is the last of a step: their number varies
+        "train_batch_size": world,
         "gradient_clipping": clip,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
@@ -82,14 +82,13 @@ class Engine:
     Args:
         optimizer: partial of a torch optimizer, called with the trainable parameters.
         stage: ZeRO stage 0-3.
-        micro_batches: backward passes per optimizer step.
         clip: gradient norm above which gradients are scaled down.
     """
 
     def __init__(self, policy: nn.Module, optimizer: Callable, config: Mapping):
         self.policy, self.config = policy, dict(config)
         self.stage = config["zero_optimization"]["stage"]
-        self.clip, self.micro_batches = config["gradient_clipping"], config["gradient_accumulation_steps"]
+        self.clip = config["gradient_clipping"]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         self.anchor: dict[str, Tensor] | None = None  # the trainable weights of a refreshed reference
@@ -102,13 +101,10 @@ class Engine:
         """Forward of the policy, through the hooks that gather ZeRO-3's partitions."""
         return self.deepspeed(*args)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this rank's share of the step's loss."""
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add the gradient of this rank's share of the step's loss. All ranks make equally many calls a step."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
-
-    def end_micro_batch(self) -> None:
-        """Tell DeepSpeed that a micro-batch other than the last is done."""
-        self.deepspeed.step()
 
     def gradients(self) -> dict[str, Tensor]:
         """Whole gradients by parameter name, before clipping; after the last backward of a step, on all ranks."""

@@ -134,7 +134,7 @@ def _shipped() -> dict[str, Path]:
     return {p.stem: p for p in (Path(conf.__file__).parent / "prompt").glob("*.yaml")}
 
 
-def open_policy(found: Found, prompt, *, dtype: str | None = None, attention: str = "sdpa", temperature: float = 1.0,
+def open_policy(found: Found, prompt, *, dtype: str | None = None, attention: str = "auto", temperature: float = 1.0,
                 lora: bool = True):  # fmt: skip
     """The model with its adapter, ready to answer. `lora=False` leaves the adapter off: the base alone.
 

@@ -6,7 +6,6 @@ No variant is named here. What is optimised stands in grpo/loss/objective.py; wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from grpo.advantage import advantages
 from grpo.batch import Group, LossInputs, needs, pad_rows, quantile
 from grpo.collect import Earned, collect
 from grpo.metrics import Accumulator, answer_metrics, group_metrics, mismatch
+from grpo.micro import frozen, micro_batches
 from grpo.rollout import sample_seed
 
 
@@ -41,60 +41,61 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
 
     # ---------------------------------------------------------------- the policy before the update
     with clock("update"):
-        size, audio = s.micro_questions, policy.encode_audio([g.prompt for g in groups])
-        micro = [(groups[i : i + size], audio[i : i + size]) for i in range(0, len(groups), size)]
-        mask = [loss_mask(part, need.mask_truncated).to(device) for part, _ in micro]
-        ref = [_frozen(engine, policy, *m, reference=True)[0] for m in micro] if need.reference else [None] * len(micro)
+        micro = micro_batches(engine, policy, groups, s.micro_tokens)
+        mask_NT = loss_mask(groups, need.mask_truncated).to(device)
+        sampler_NT = pad_rows([c.sampler_logp for g in groups for c in g.completions]).to(device)
+        ref_NT = frozen(engine, policy, micro, mask_NT.shape, reference=True)[0] if need.reference else None
         entropy_cut, penalty_BG = None, torch.zeros_like(reward_BG)
         if need.kl_in_reward or need.entropy_quantile is not None:
-            now = [_frozen(engine, policy, *m) for m in micro]
+            now_NT, entropy_NT = frozen(engine, policy, micro, mask_NT.shape)
             if need.kl_in_reward:
-                penalty = [run.objective.kl_penalty(p, r, m) for (p, _), r, m in zip(now, ref, mask, strict=True)]
-                penalty_BG = torch.cat(penalty).view_as(reward_BG).cpu()
+                penalty_BG = run.objective.kl_penalty(now_NT, ref_NT, mask_NT).view_as(reward_BG).cpu()
             if need.entropy_quantile is not None:
-                mine = [entropy_NT[m].cpu() for (_, entropy_NT), m in zip(now, mask, strict=True)]
-                entropy_cut = quantile(engine.gather(mine), need.entropy_quantile)
+                entropy_cut = quantile(engine.gather([entropy_NT[mask_NT].cpu()]), need.entropy_quantile)
 
     # ---------------------------------------------------------------- advantage: of the whole step, over all ranks
     advantage_BG = _advantages(run, groups, reward_BG - penalty_BG, component_NR, need.mask_truncated)
+    advantage_N = advantage_BG.flatten().to(device)
 
     # ---------------------------------------------------------------- updates
     with clock("update"):
-        counts = engine.reduce({"tokens": float(sum(m.sum() for m in mask)), "sequences": float(reward_BG.numel()),
-                                "micro": float(len(micro))})  # fmt: skip
-        old, entropy, last = ([None] * len(micro) for _ in range(3))
+        if run.idle_groups_rest and (idle_B := (advantage_BG == 0).all(1)).any():
+            micro = micro_batches(engine, policy, groups, s.micro_tokens, idle_B)
+        counts = engine.reduce({"tokens": float(mask_NT.sum()), "sequences": float(reward_BG.numel()),
+                                "micro": float(len(micro)),
+                                "trained": float(sum(len(m.questions) for m in micro))})  # fmt: skip
         recording = s.save_rollouts and (step + 1) % s.save_rollouts == 0
         if recording:
             record.save_adapter(run.folder, step + 1, policy, engine)
+        old_NT, entropy_NT, last_NT = (torch.zeros_like(sampler_NT) for _ in range(3))
         tokens, loss_sum, norms = Accumulator(), 0.0, []
         torch.manual_seed(sample_seed(s.seed, step, "dropout", engine.rank))  # a resumed run draws the same masks
         for update in range(s.updates):
             policy.train()
-            for m, (part, sound) in enumerate(micro):
-                logp_NT, entropy_NT = engine(part, sound, need.entropy_gradient)
-                if old[m] is None:
-                    old[m], entropy[m] = logp_NT.detach(), entropy_NT.detach()
-                last[m] = logp_NT.detach()
+            for m in micro:
+                logp, entropy = engine(m.prepared, need.entropy_gradient)
+                at = m.rows_n[:, None], torch.arange(m.width, device=device)
+                last_NT[at] = logp.detach()
+                if update == 0:
+                    old_NT[at], entropy_NT[at] = logp.detach(), entropy.detach()
                 x = LossInputs(
-                    logp_NT, old[m], pad_rows([c.sampler_logp for g in part for c in g.completions]).to(device), ref[m],
-                    entropy_NT, advantage_BG[m * size : (m + 1) * size].reshape(-1).to(device), mask[m],
-                    n_tokens=counts["tokens"], n_sequences=counts["sequences"], group_size=s.generations,
-                    n_micro_batches=counts["micro"], entropy_cut=entropy_cut,
+                    logp, old_NT[at], sampler_NT[at], None if ref_NT is None else ref_NT[at], entropy,
+                    advantage_N[m.rows_n], mask_NT[at], n_tokens=counts["tokens"], n_sequences=counts["sequences"],
+                    group_size=s.generations, n_micro_batches=counts["micro"], entropy_cut=entropy_cut,
                 )  # fmt: skip
                 out = run.objective(x)
-                engine.backward(out.loss)
+                engine.backward(out.loss, last=m is micro[-1])
                 if update == 0:
-                    tokens.add({**out.metrics, **mismatch(x)}, mask[m])
+                    tokens.add({**out.metrics, **mismatch(x)}, x.mask_NT)
                     loss_sum += out.loss.item()
-                if m < len(micro) - 1:
-                    engine.end_micro_batch()
             learning_rate = run.schedule(step, s.steps)
             norms.append(engine.step(learning_rate))
 
     run.version += 1
     metrics = sampling | group_metrics(groups, reward_BG, component_NR, run.rewards.names, engine)
     metrics |= answer_metrics(earned, engine) | tokens.result(engine) | engine.reduce({"loss": loss_sum})
-    metrics |= {"grad_norm": norms[-1], "learning_rate": learning_rate}
+    metrics |= {"grad_norm": norms[-1], "learning_rate": learning_rate,
+                "frac_groups_trained": counts["trained"] / s.questions}  # fmt: skip
     if need.kl_in_reward:
         metrics["kl_penalty/mean"] = engine.reduce({"sum": penalty_BG.sum().item()})["sum"] / counts["sequences"]
     facts = {"loss": metrics["loss"], "grad_norm": norms[0], "entropy_cut": entropy_cut}  # of the first update
@@ -104,15 +105,13 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
         bonus.update(metrics["entropy"])
     if recording:
         kept = engine.gather(record.parts(
-            groups, reward_BG=reward_BG, component_NR=component_NR, advantage_BG=advantage_BG, logp=last, old_logp=old,
-            entropy=entropy, ref_logp=ref if need.reference else None,
+            groups, reward_BG=reward_BG, component_NR=component_NR, advantage_BG=advantage_BG, logp_NT=last_NT,
+            old_logp_NT=old_NT, entropy_NT=entropy_NT, ref_logp_NT=ref_NT,
         ))  # fmt: skip
+        split = engine.gather([[len(m.questions) for m in micro]])
         if engine.rank == 0:
-            record.write(
-                run.folder, step + 1, kept, seed=s.seed, ranks=[len(groups)] * engine.world, micro_questions=size,
-                names=run.rewards.names, weights=run.rewards.weights, decode=policy.decode,
-                facts=facts,
-            )  # fmt: skip
+            record.write(run.folder, step + 1, kept, seed=s.seed, micro=split, names=run.rewards.names,
+                         weights=run.rewards.weights, decode=policy.decode, facts=facts)  # fmt: skip
     return metrics, _samples(step, earned, advantage_BG, run.rewards.names), groups
 
 
@@ -125,16 +124,6 @@ def sync(run, groups: Sequence[Group]) -> dict[str, float]:
         metrics |= run.engine.reduce({"rollout/restarts": float(run.rollout.restarts),
                                       "rollout/faults": float(run.rollout.faults)})  # fmt: skip
     return metrics
-
-
-@torch.no_grad()
-def _frozen(engine, policy, groups: Sequence[Group], audio, *, reference: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [N, T] without dropout or gradient: of the policy, or with its adapter off."""
-    policy.eval()
-    with engine.reference() if reference else nullcontext():
-        out = engine(groups, audio)
-    policy.train()
-    return out
 
 
 def _advantages(run, groups: Sequence[Group], reward_BG: Tensor, component_NR: Tensor, mask_truncated: bool) -> Tensor:

@@ -1,101 +1,80 @@
 """The policy: Qwen2.5-Omni's Thinker with LoRA. The only door to transformers and peft (with grpo/tiny.py).
 
-One packed row holds a prompt (its audio embedded once) and one or all of its completions; a completion token sees the
-prompt and the earlier tokens of its own completion, nothing else. `forward="shared"` puts a whole group in a row,
-`forward="separate"` one completion a row: same numbers, more work.
+A group's prompt, its audio included, is computed once for all of its completions (grpo/packing.py, grpo/attention.py).
+`forward="separate"` puts every completion in a row of its own with transformers' own attention: same numbers, more work.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     DynamicCache,
     GenerationConfig,
     Qwen2_5OmniProcessor,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
+from grpo.attention import Prefix, block_mask
+from grpo.audio_cache import AudioCache
 from grpo.batch import Encoded, Group
-from grpo.logprob import chosen_and_entropy
+from grpo.logprob import chosen_and_entropy, logits_of
+from grpo.packing import Packed, pack
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Rows of prompt + completions, padded to one length L. `position` is the rotary position: all three axes agree."""
+class Head(nn.Linear):
+    """The vocabulary projection; with `of`, straight to the log-probabilities of given tokens (grpo/logprob.py).
 
-    ids_RL: Tensor
-    segment_RL: Tensor  # 0 prompt, 1.. completion, -1 padding
-    position_RL: Tensor
-    predictor_M: Tensor  # flat index into R*L of the token that predicts each completion token, completions in order
-    target_M: Tensor  # the predicted token ids
-    lengths_N: tuple[int, ...]  # tokens of each completion
-    row_of_prompt: tuple[int, ...]  # which prompt fills row r
-
-
-def pack(prompts: Sequence[Tensor], completions: Sequence[Sequence[Sequence[int]]], *, forward="shared", pad="right"):
-    """Lay prompts [P_b] and their completions (B lists of token id lists) out in rows. See `Packed`."""
-    rows: list[tuple[int, list[Sequence[int]]]] = []
-    for b, answers in enumerate(completions):
-        rows += [(b, list(answers))] if forward == "shared" else [(b, [answer]) for answer in answers]
-    length = max(len(prompts[b]) + sum(map(len, answers)) for b, answers in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    segment = torch.full_like(ids, -1)
-    position = torch.zeros_like(ids)
-    predictor, target, lengths = [], [], []
-    for r, (b, answers) in enumerate(rows):
-        size = len(prompts[b]) + sum(map(len, answers))
-        start = 0 if pad == "right" else length - size
-        cursor = start + len(prompts[b])
-        ids[r, start:cursor] = prompts[b]
-        segment[r, start:cursor] = 0
-        position[r, start:cursor] = torch.arange(len(prompts[b]))
-        last_of_prompt = r * length + cursor - 1
-        for s, answer in enumerate(answers, start=1):
-            end = cursor + len(answer)
-            ids[r, cursor:end] = torch.as_tensor(answer, dtype=torch.long)
-            segment[r, cursor:end] = s
-            position[r, cursor:end] = len(prompts[b]) + torch.arange(len(answer))
-            predictor += [last_of_prompt, *range(r * length + cursor, r * length + end - 1)][: len(answer)]
-            target += list(answer)
-            lengths.append(len(answer))
-            cursor = end
-    return Packed(
-        ids, segment, position, torch.tensor(predictor, dtype=torch.long), torch.tensor(target, dtype=torch.long),
-        tuple(lengths), tuple(b for b, _ in rows),
-    )  # fmt: skip
-
-
-def float32_head(lm_head: nn.Linear, hidden: Tensor) -> Tensor:
-    """Logits [..., V] in float32 whatever the weights' dtype: rounded to bfloat16 they alone move a log-probability by
-    0.03. The rollout engines do the same (MiniMax-M1, arXiv 2506.13585, section 3.2)."""
-    return torch.nn.functional.linear(hidden.float(), lm_head.weight.float())
-
-
-def attention_bias(segment_RL: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask [R, 1, L, L]: causal, prompt visible to all, completions blind to each other.
-
-    Every position sees itself, so that a padding row has a finite softmax.
+    Within the module's own call, for there DeepSpeed's ZeRO-3 has its weights together.
     """
-    length = segment_RL.shape[1]
-    index = torch.arange(length, device=segment_RL.device)
-    causal = index[None, :] <= index[:, None]
-    key, query = segment_RL[:, None, :], segment_RL[:, :, None]
-    visible = causal & ((key == 0) | (key == query)) & (key >= 0)
-    visible |= torch.eye(length, dtype=torch.bool, device=segment_RL.device)
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))[:, None]
+
+    def forward(self, hidden: Tensor, of: tuple | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return logits_of(hidden, self.weight) if of is None else chosen_and_entropy(hidden, self.weight, *of)
+
+
+def prefix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """transformers' attention interface: packed rows by grpo/attention.py, all else as transformers does it."""
+    if isinstance(attention_mask, Prefix):
+        return attention_mask(query, key, value, scaling), None
+    if isinstance(attention_mask, BlockMask):
+        return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register("prefix", prefix_attention)
+AttentionMaskInterface.register("prefix", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A micro-batch laid out and embedded, on the policy's device: made once, used by reference, policy and all updates.
+
+    `embeds` is None where embeddings are trained: then every forward pass makes its own from `audio`.
+    """
+
+    packed: Packed
+    mask: object  # of grpo/attention.py, or bool [R, L] of rows that hold one completion each
+    audio: tuple[Tensor, ...]  # [tokens, H] of each row's prompts; empty where the audio tower is trained
+    prompts: tuple[Encoded, ...]
+    embeds: Tensor | None  # [R, L, H]
 
 
 class Policy(nn.Module):
@@ -107,26 +86,32 @@ class Policy(nn.Module):
         lora: r, alpha, dropout, targets (regex over the Thinker's module names) and `seed` of A's initial values;
             None leaves the model as it is.
         temperature: of sampling and of all log-probabilities.
+        attention: of packed rows: `sdpa` (rectangles), `flex` (FlexAttention), `auto`: flex on a GPU, else sdpa.
         zero3: DeepSpeed's configuration when weights are to be partitioned while loading, else None.
+        audio_cache: of the clips' embeddings, while the audio tower is frozen.
     Raises ValueError when the LoRA regex matches nothing, or matches the audio tower while `lora.audio_tower` is false.
     """
 
     def __init__(self, path, lora: Mapping | None, *, prompt, dtype="float32", temperature=1.0, device="cpu",
-                 gradient_checkpointing=False, forward="shared", attention="sdpa", zero3=None,
-                 processor=None):  # fmt: skip
+                 gradient_checkpointing=False, forward="shared", attention="auto", zero3=None,
+                 audio_cache: AudioCache | None = None, processor=None):  # fmt: skip
         super().__init__()
-        if forward not in ("shared", "separate"):
-            raise ValueError(f"model.forward must be 'shared' or 'separate', got {forward!r}")
+        for name, value, known in (("forward", forward, ("shared", "separate")),
+                                   ("attention", attention, ("auto", "sdpa", "flex"))):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"model.{name} must be one of {', '.join(known)}, got {value!r}")
         self.prompt, self.temperature, self.layout, self.pad = prompt, float(temperature), forward, "right"
+        self.flex = attention == "flex" or (attention == "auto" and torch.device(device).type == "cuda")
         self.processor = Qwen2_5OmniProcessor.from_pretrained(processor or path)
         self.tokenizer = self.processor.tokenizer
         # Must outlive the model: from_pretrained reads it to load each weight already partitioned.
         self._zero3 = HfDeepSpeedConfig(dict(zero3)) if zero3 else None
         thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation=attention
+            path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         ).requires_grad_(False)
         thinker.visual = None  # never used: no images here, and no memory for them
-        thinker.lm_head.forward = MethodType(float32_head, thinker.lm_head)
+        thinker.model.config._attn_implementation = "prefix"  # of the language model; the audio tower keeps sdpa
+        thinker.lm_head.__class__ = Head
         if gradient_checkpointing:
             thinker.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = thinker if lora is None else add_lora(thinker, **lora)
@@ -139,6 +124,11 @@ class Policy(nn.Module):
         special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         unused = range(len(self.tokenizer), thinker.config.get_text_config().vocab_size)
         self.banned_ids = sorted((special | set(unused)) - set(self.stop_ids))
+        # Asked now: with its adapter off, a model trains nothing.
+        self.tower_trained = any(p.requires_grad for p in thinker.audio_tower.parameters())
+        self.audio_cache = AudioCache() if audio_cache is None else audio_cache
+        if self.audio_cache.folder:
+            self.audio_cache.of(self._tower_fingerprint())
 
     @property
     def thinker(self) -> Qwen2_5OmniThinkerForConditionalGeneration:
@@ -177,61 +167,111 @@ class Policy(nn.Module):
         ids = self.tokenizer(text.replace(audio, audio * int(tokens)), return_tensors="pt")["input_ids"][0]
         return Encoded(question.id, ids, features["input_features"][0, :, :frames], clip.sha256, clip.samples)
 
+    # ---------------------------------------------------------------- audio
+
+    @torch.no_grad()
     def encode_audio(self, prompts: Sequence[Encoded]) -> list[Tensor]:
-        """Audio embeddings [tokens, hidden] of each prompt, none without a clip. No gradient: the tower is frozen."""
-        none = torch.zeros(0, self.thinker.config.get_text_config().hidden_size, device=self.device)
-        if not (heard := [p for p in prompts if p.mel is not None]):
-            return [none] * len(prompts)
-        frames = torch.tensor([p.mel.shape[1] for p in heard])
-        mel = torch.zeros(len(heard), heard[0].mel.shape[0], int(frames.max()))
-        for row, p in zip(mel, heard, strict=True):
-            row[:, : p.mel.shape[1]] = p.mel
-        mask = (torch.arange(mel.shape[2])[None] < frames[:, None]).long()
+        """Audio embeddings [tokens, H] of each prompt, without gradient; a clip is embedded once while it is kept.
+
+        Each on its own, so that its numbers do not depend on what else is asked for.
+        """
+        if any(p.mel is None for p in prompts):  # a prompt without audio has none
+            none = torch.zeros(0, self.thinker.config.get_text_config().hidden_size, device=self.device)
+            heard = iter(self.encode_audio([p for p in prompts if p.mel is not None]))
+            return [none if p.mel is None else next(heard) for p in prompts]
+        if self.tower_trained:  # what was kept is of other weights
+            return [self._hear(p) for p in prompts]
+        kept = {p.clip_sha256: self.audio_cache.get(p.clip_sha256) for p in prompts}
+        missing = [p for p in {p.clip_sha256: p for p in prompts}.values() if kept[p.clip_sha256] is None]
+        for p in missing:
+            kept[p.clip_sha256] = self._hear(p)
+            self.audio_cache.put(p.clip_sha256, kept[p.clip_sha256])
+        for _ in range(self._most(len(missing)) - len(missing)):
+            self._hear(prompts[0])
+        return [kept[p.clip_sha256].to(self.device) for p in prompts]
+
+    def _hear(self, prompt: Encoded) -> Tensor:
+        mel = prompt.mel[None].to(self.device)
+        mask = torch.ones(1, mel.shape[2], dtype=torch.long, device=self.device)
+        return self.thinker.get_audio_features(mel, mask).last_hidden_state
+
+    def _most(self, count: int) -> int:
+        """The largest `count` of all ranks where a forward pass needs all of them (ZeRO-3 gathers the tower's weights)."""
+        if self._zero3 is None or not torch.distributed.is_initialized():
+            return count
+        counts = torch.tensor([count], device=self.device)
+        torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
+        return int(counts)
+
+    def _tower_fingerprint(self) -> str:
+        """Names the tower by what it does to four seconds of noise, in this dtype on this kind of device: weights that
+        ZeRO-3 has partitioned cannot be read."""
+        generator = torch.Generator().manual_seed(0)
+        mel = torch.randn(self.thinker.audio_tower.num_mel_bins, 400, generator=generator)
         with torch.no_grad():
-            out = self.thinker.get_audio_features(mel.to(self.device), mask.to(self.device)).last_hidden_state
-        _, tokens = self.thinker.audio_tower._get_feat_extract_output_lengths(frames)
-        parts = iter(out.split(tokens.tolist()))
-        return [none if p.mel is None else next(parts) for p in prompts]
+            heard = self._hear(Encoded("noise", torch.zeros(0), mel, ""))
+        kind = f"{self.thinker.dtype} {self.device.type} {tuple(heard.shape)}"
+        return hashlib.sha256(kind.encode() + heard.float().cpu().numpy().tobytes()).hexdigest()[:16]
 
     def embed(self, ids_RL: Tensor, audio: Sequence[Tensor]) -> Tensor:
-        """Token embeddings [R, L, H] with each row's audio put in its placeholders. `audio` has one entry a row."""
+        """Token embeddings [R, L, H] with `audio` in the placeholders, in the order in which they come."""
         embeds = self.thinker.get_input_embeddings()(ids_RL)
         is_audio = ids_RL == self.thinker.config.audio_token_id
-        if wrong := [r for r, a in enumerate(audio) if int(is_audio[r].sum()) != len(a)]:
-            raise ValueError(f"row {wrong[0]}: {int(is_audio[wrong[0]].sum())} audio placeholders for "
-                             f"{len(audio[wrong[0]])} audio tokens")  # fmt: skip
         return embeds.masked_scatter(is_audio[..., None], torch.cat(list(audio)).to(embeds.dtype))
+
+    def _check(self, prompts: Sequence[Encoded], audio: Sequence[Tensor]) -> None:
+        for p, sound in zip(prompts, audio, strict=True):
+            if (slots := int((p.prompt_ids == self.thinker.config.audio_token_id).sum())) != len(sound):
+                raise ValueError(f"question {p.id}: {slots} audio placeholders for {len(sound)} audio tokens")
 
     # ---------------------------------------------------------------- log-probabilities
 
-    def forward(self, groups: Sequence[Group], audio: Sequence[Tensor],
-                entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def tokens_of(self, group: Group) -> int:
+        """What a group adds to the length of the rows."""
+        prompts = 1 if self.layout == "shared" else len(group.completions)
+        return prompts * len(group.prompt.prompt_ids) + sum(len(c.token_ids) for c in group.completions)
+
+    def prepare(self, groups: Sequence[Group], audio: Sequence[Tensor] | None = None) -> Prepared:
+        """Lay out a micro-batch. `audio`: what `encode_audio` gave for its prompts (None: asked for here)."""
+        prompts, device = [g.prompt for g in groups], self.device
+        audio = self.encode_audio(prompts) if audio is None else audio
+        self._check(prompts, audio)
+        flex = self.flex and self.layout == "shared"
+        packed = pack([p.prompt_ids for p in prompts], [[c.token_ids for c in g.completions] for g in groups],
+                      forward=self.layout, pad=self.pad, multiple=128 if flex else 1)  # fmt: skip
+        if flex:
+            mask = block_mask(packed.blocks, packed.ids_RL.shape[1], device)
+        else:
+            mask = Prefix(packed.blocks, device) if self.layout == "shared" else packed.mask_RL.to(device)
+        packed = packed.to(device)
+        order = packed.prompt_of_block
+        fixed = not (self.tower_trained or self.thinker.get_input_embeddings().weight.requires_grad)
+        with torch.no_grad():
+            embeds = self.embed(packed.ids_RL, [audio[b] for b in order]) if fixed else None
+        return Prepared(packed, mask, tuple(audio[b] for b in order), tuple(prompts[b] for b in order), embeds)
+
+    def forward(self, batch: Prepared, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each completion token, [N, T] each, zeros behind each completion's end.
 
         The entropy carries a gradient only with `entropy_gradient`.
 
         Only hidden states that predict a completion token pass through the vocabulary projection.
         """
-        packed = pack([g.prompt.prompt_ids for g in groups], [[c.token_ids for c in g.completions] for g in groups],
-                      forward=self.layout, pad=self.pad)  # fmt: skip
-        device = self.device
-        embeds = self.embed(packed.ids_RL.to(device), [audio[b] for b in packed.row_of_prompt])
+        packed, embeds = batch.packed, batch.embeds
+        if embeds is None:
+            audio = [self._hear(p) for p in batch.prompts] if self.tower_trained else batch.audio
+            embeds = self.embed(packed.ids_RL, audio)
         hidden = self.thinker.model(
             inputs_embeds=embeds,
-            attention_mask=attention_bias(packed.segment_RL.to(device), embeds.dtype),
-            position_ids=packed.position_RL.to(device)[None].expand(3, -1, -1),
+            attention_mask={"full_attention": batch.mask} if self.layout == "shared" else batch.mask,
+            position_ids=packed.position_RL[None].expand(3, -1, -1),
             use_cache=False,
         ).last_hidden_state
-        hidden_M = hidden.flatten(0, 1)[packed.predictor_M.to(device)]
-        logp_M, entropy_M = chosen_and_entropy(
-            self.thinker.lm_head(hidden_M),
-            packed.target_M.to(device),
-            self.temperature,
-            self.banned_ids,
-            entropy_gradient,
-        )
-        width = max(packed.lengths_N)
-        mask_NT = torch.arange(width, device=device)[None] < torch.tensor(packed.lengths_N, device=device)[:, None]
+        hidden_M = hidden.flatten(0, 1)[packed.predictor_M]
+        of = packed.target_M, self.temperature, self.banned_ids, entropy_gradient
+        logp_M, entropy_M = self.thinker.lm_head(hidden_M, of)
+        lengths = torch.tensor(packed.lengths_N, device=self.device)
+        mask_NT = torch.arange(max(packed.lengths_N), device=self.device)[None] < lengths[:, None]
         zeros = logp_M.new_zeros(mask_NT.shape)
         return zeros.masked_scatter(mask_NT, logp_M), zeros.masked_scatter(mask_NT, entropy_M)
 
@@ -255,7 +295,9 @@ class Policy(nn.Module):
             m[length - len(p.prompt_ids) :] = 1
         mask = mask.to(self.device)
         with torch.no_grad():
-            embeds = self.embed(ids.to(self.device), self.encode_audio(prompts))
+            audio = self.encode_audio(prompts)
+            self._check(prompts, audio)
+            embeds = self.embed(ids.to(self.device), audio)
             # The prompt is computed once per question, all but its last token; copies start from its keys and values.
             cache = DynamicCache(config=self.thinker.config.get_text_config())
             position = (mask.cumsum(-1) - 1).clamp_min(0)[None].expand(3, -1, -1)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group, pad_rows
 
-FORMAT = 1
+FORMAT = 2
 PER_TOKEN = ("logp_NT", "old_logp_NT", "sampler_logp_NT", "entropy_NT")  # and ref_logp_NT where there was one
 
 
@@ -52,8 +52,7 @@ class Record:
     step: int  # from 1
     seed: int  # of the run
     groups: tuple[Group, ...]  # without texts
-    ranks: tuple[int, ...]  # questions of each rank, in order
-    micro_questions: int  # questions per forward/backward
+    micro: tuple[tuple[int, ...], ...]  # questions of each forward/backward, of each rank
     reward_N: Tensor
     component_NR: Tensor
     weights_R: Tensor
@@ -71,13 +70,18 @@ class Record:
     def group_size(self) -> int:
         return len(self.groups[0].completions)
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Questions of each rank, in order."""
+        return tuple(map(sum, self.micro))
+
     def micro_batches(self) -> list[tuple[int, range]]:
         """(rank, questions) of every forward/backward, as the run split the step."""
         out, first = [], 0
-        for rank, count in enumerate(self.ranks):
-            size = min(self.micro_questions, count)
-            out += [(rank, range(i, min(i + size, first + count))) for i in range(first, first + count, max(size, 1))]
-            first += count
+        for rank, sizes in enumerate(self.micro):
+            for size in sizes:
+                out.append((rank, range(first, first + size)))
+                first += size
         return out
 
     def mask(self, mask_truncated: bool) -> Tensor:
@@ -94,27 +98,16 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def parts(groups: Sequence[Group], *, reward_BG: Tensor, component_NR: Tensor, advantage_BG: Tensor,
-          logp: Sequence[Tensor], old_logp: Sequence[Tensor], entropy: Sequence[Tensor],
-          ref_logp: Sequence[Tensor] | None) -> list[Part]:  # fmt: skip
-    """This rank's questions as they go into the record, copied to the CPU.
-
-    Args:
-        logp, old_logp, entropy, ref_logp: one [n, T_m] for each micro-batch, rows in the order of `groups`.
-    """
-
-    def rows(micro: Sequence[Tensor]) -> list[Tensor]:
-        return [row for chunk in micro for row in chunk.detach().float().cpu()]
-
-    kept = {"logp_GT": rows(logp), "old_logp_GT": rows(old_logp), "entropy_GT": rows(entropy)}
-    kept["ref_logp_GT"] = None if ref_logp is None else rows(ref_logp)
+          logp_NT: Tensor, old_logp_NT: Tensor, entropy_NT: Tensor, ref_logp_NT: Tensor | None,
+          ) -> list[Part]:  # fmt: skip
+    """This rank's questions as they go into the record, copied to the CPU; rows [N, T] in the order of `groups`."""
+    rows = {"logp_GT": logp_NT, "old_logp_GT": old_logp_NT, "entropy_GT": entropy_NT, "ref_logp_GT": ref_logp_NT}
+    rows = {name: None if of is None else of.detach().float().cpu() for name, of in rows.items()}
     out, first = [], 0
     for b, group in enumerate(groups):
         n = len(group.completions)
         width = max(len(c.token_ids) for c in group.completions)
-        tokens = {
-            name: None if values is None else pad_rows([v[:width] for v in values[first : first + n]], width)
-            for name, values in kept.items()
-        }
+        tokens = {name: None if of is None else of[first : first + n, :width].clone() for name, of in rows.items()}
         own = [t[b].detach().clone().cpu() for t in (reward_BG, advantage_BG)]
         out.append(Part(group, own[0], component_NR[first : first + n].clone().cpu(), own[1], **tokens))
         first += n
@@ -131,20 +124,20 @@ def save_adapter(run: Path, step: int, policy, engine) -> None:
             policy.save_adapter(folder / "adapter")
 
 
-def write(run: Path, step: int, kept: Sequence[Part], *, seed: int, ranks: Sequence[int], micro_questions: int,
+def write(run: Path, step: int, kept: Sequence[Part], *, seed: int, micro: Sequence[Sequence[int]],
           names: Sequence[str], weights: Sequence[float], decode: Callable[[Sequence[int]], str],
           facts: Mapping = {}) -> Path:  # fmt: skip
     """Write the record of `step` (from 1) beside the adapter that `save_adapter` left. One rank calls, with all parts.
 
     Args:
-        ranks: questions of each rank; kept are those of rank 0, then of rank 1, ...
+        micro: questions of each forward/backward of each rank; kept are those of rank 0, then of rank 1, ...
         names, weights: of the rewards, [R].
         decode: token ids -> text, for the report.
         facts: of Record.facts; plain JSON.
-    Returns the folder. Raises RecordError if the parts are not those of `ranks`.
+    Returns the folder. Raises RecordError if the parts are not those of `micro`.
     """
-    if sum(ranks) != len(kept):
-        raise RecordError(f"step {step}: {len(kept)} questions, but the ranks hold {list(ranks)}")
+    if sum(map(sum, micro)) != len(kept):
+        raise RecordError(f"step {step}: {len(kept)} questions, but the ranks hold {[sum(m) for m in micro]}")
     completions = [c for p in kept for c in p.group.completions]
     width = max(len(c.token_ids) for c in completions)
     prompts = [p.group.prompt for p in kept]
@@ -169,7 +162,7 @@ def write(run: Path, step: int, kept: Sequence[Part], *, seed: int, ranks: Seque
     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
     (temporary / "step.json").write_text(json.dumps({
         "format": FORMAT, "step": step, "seed": seed, "group_size": len(kept[0].group.completions),
-        "ranks": list(ranks), "micro_questions": micro_questions, "ids": [p.id for p in prompts],
+        "micro": [list(sizes) for sizes in micro], "ids": [p.id for p in prompts],
         "clip_sha256": [p.clip_sha256 for p in prompts], "truncated": [c.truncated for c in completions],
         "version": completions[0].version, "rewards": {"names": list(names), "weights": list(weights)},
         "facts": dict(facts), "token_texts": [[decode([i]) for i in c.token_ids] for c in completions],
@@ -210,7 +203,7 @@ def read(folder: Path) -> Record:
 def _assemble(said: dict, tensors: dict[str, Tensor]) -> Record:
     g, n = said["group_size"], len(said["ids"]) * said["group_size"]
     odd = [k for k, v in tensors.items() if k.endswith(("_N", "_NT", "_NR")) and len(v) != n]
-    if odd or sum(said["ranks"]) != len(said["ids"]):
+    if odd or sum(map(sum, said["micro"])) != len(said["ids"]):
         raise ValueError(f"{len(said['ids'])} questions x {g} completions, but {odd[0] if odd else 'ranks'} differs")
     ids = tensors["prompt_ids"].split(tensors["prompt_lengths_B"].tolist())
     mels = tensors["mel"].split(tensors["frames_B"].tolist(), dim=1)
@@ -224,7 +217,7 @@ def _assemble(said: dict, tensors: dict[str, Tensor]) -> Record:
     return Record(
         said["step"], said["seed"],
         tuple(Group(p, tuple(completions[b * g : (b + 1) * g])) for b, p in enumerate(prompts)),
-        tuple(said["ranks"]), said["micro_questions"], tensors["reward_N"], tensors["component_NR"],
+        tuple(map(tuple, said["micro"])), tensors["reward_N"], tensors["component_NR"],
         torch.tensor(said["rewards"]["weights"]), tensors["advantage_N"], *(tensors[name] for name in PER_TOKEN),
         tensors.get("ref_logp_NT"), said["facts"],
     )  # fmt: skip

@@ -99,10 +99,9 @@ def replay(record: Record, policy, arms: Sequence[Arm], *, dropout: bool = True)
     training = policy.training
     policy.train(dropout)
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
-        for questions, audio in _with_audio(record, policy, seeded=True):
-            micro = [record.groups[b] for b in questions]
+        for questions, micro in _micro_batches(record, policy, seeded=True):
             rows = slice(questions[0] * g, (questions[-1] + 1) * g)
-            logp_NT, entropy_NT = policy(micro, audio, *([True] if with_entropy else []))
+            logp_NT, entropy_NT = policy(micro, with_entropy)
             width = logp_NT.shape[1]
             old_NT = record.old_logp_NT[rows, :width].to(logp_NT.device)
             spread_NT = (logp_NT.detach() - old_NT)[record.mask(False)[rows, :width].to(logp_NT.device)]
@@ -135,17 +134,14 @@ def replay(record: Record, policy, arms: Sequence[Arm], *, dropout: bool = True)
     ], worst  # fmt: skip
 
 
-def _with_audio(record: Record, policy, *, seeded: bool = False):
-    """(questions, their audio) of every micro-batch, the audio embedded rank by rank as the run did."""
-    starts = dict(zip(range(len(record.ranks)), itertools.accumulate((0, *record.ranks)), strict=False))
-    audio, of = [], None
+def _micro_batches(record: Record, policy, *, seeded: bool = False):
+    """(questions, what the policy prepared of them) of every micro-batch, split as in the run."""
+    of = None
     for rank, questions in record.micro_batches():
-        if rank != of:
-            of, first = rank, starts[rank]
-            audio = policy.encode_audio([group.prompt for group in record.groups[first : first + record.ranks[rank]]])
-            if seeded:
-                torch.manual_seed(sample_seed(record.seed, record.step - 1, "dropout", rank))
-        yield questions, [audio[b - first] for b in questions]
+        if seeded and rank != of:
+            torch.manual_seed(sample_seed(record.seed, record.step - 1, "dropout", rank))
+        of = rank
+        yield questions, policy.prepare([record.groups[b] for b in questions])
 
 
 @torch.no_grad()
@@ -156,8 +152,8 @@ def _reference(record: Record, policy) -> Tensor:
     ref_NT, g, training = torch.zeros_like(record.logp_NT), record.group_size, policy.training
     policy.eval()
     with policy.reference():
-        for questions, audio in _with_audio(record, policy):
-            logp_NT, _ = policy([record.groups[b] for b in questions], audio)
+        for questions, micro in _micro_batches(record, policy):
+            logp_NT, _ = policy(micro)
             ref_NT[questions[0] * g : (questions[-1] + 1) * g, : logp_NT.shape[1]] = logp_NT.cpu()
     policy.train(training)
     return ref_NT

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,14 +21,16 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from data.sampler import Sampler
-from grpo import loop
+from grpo import loop, profile
 from grpo.advantage import declared
-from grpo.batch import Group, needs
+from grpo.audio_cache import AudioCache
+from grpo.batch import Group, moves_without_advantage, needs
 from grpo.benchmark import benchmarks
 from grpo.checkpoint import Checkpoints, write_json
 from grpo.config import ROLLOUT_KEYS, ConfigError, Settings, build, check_call, engine_keys, settings
 from grpo.display import Display
 from grpo.engine import Engine, start_distributed, zero_config
+from grpo.loading import Loader
 from grpo.loss.formula import describe
 from grpo.loss.weight import correction
 from grpo.policy import Policy
@@ -40,7 +42,10 @@ from grpo.sync.names import SyncError
 from grpo.tracking import NoTracker, RunLog
 
 # Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
-FREE_ON_RESUME = set("bench resume stop_at name tracking checkpoint log samples encoded cache dry_run engine".split())
+FREE_ON_RESUME = set(
+    "bench resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
+    "dry_run engine".split()
+)
 
 # Of the rollout engine only these must stay: where and how fast it samples is free.
 KEPT_OF_ROLLOUT = {"_target_", "top_p", "top_k", "min_p", *ROLLOUT_KEYS}
@@ -55,7 +60,8 @@ class Clock:
     @contextmanager
     def __call__(self, stage: str):
         start = time.perf_counter()
-        yield
+        with profile.stage(stage):
+            yield
         self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
@@ -76,7 +82,7 @@ class Run:
         if self.world > 1:  # a folder named by the time of day may differ by a second between ranks
             torch.distributed.broadcast_object_list(agreed)
         self.folder = folder = Path(agreed[0])
-        micro_batches = s.check_ranks(self.world)
+        s.check_ranks(self.world)
         random.seed(s.seed), np.random.seed(s.seed), torch.manual_seed(s.seed)
 
         self.advantage = build(cfg.advantage, "advantage")
@@ -85,6 +91,8 @@ class Run:
         for piece, positional in getattr(self.objective, "calls", {}).items():
             check_call(f"loss.{piece}", getattr(self.objective, piece), *positional)
         self._correct()
+        # A record holds every group of its step, and recording must not change the run.
+        self.idle_groups_rest = not (s.save_rollouts or moves_without_advantage(self.objective))
         self.rewards = build(cfg.rewards, "rewards")
         if s.dynamic_sampling_by not in ("reward", *self.rewards.names):
             raise ConfigError(f"dynamic_sampling.by={s.dynamic_sampling_by}: there is no such reward, only reward (the "
@@ -105,14 +113,14 @@ class Run:
 
         prompt = build(cfg.prompt, "prompt")
         path = prepare_model(cfg, self.dataset, prompt, self.rank, self.world, display)
-        zero = zero_config(stage=cfg.engine.stage, micro_batches=micro_batches, clip=cfg.optim.clip,
-                           dtype=cfg.model.dtype, world=self.world)  # fmt: skip
+        zero = zero_config(stage=cfg.engine.stage, clip=cfg.optim.clip, dtype=cfg.model.dtype, world=self.world)
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.policy = Policy(
             path, OmegaConf.to_container(cfg.model.lora) | {"seed": s.seed}, prompt=prompt, dtype=cfg.model.dtype,
             temperature=s.temperature, device=device,
             gradient_checkpointing=cfg.model.gradient_checkpointing, forward=cfg.model.forward,
             attention=cfg.model.attention, zero3=zero if cfg.engine.stage == 3 else None,
+            audio_cache=build_audio_cache(cfg),
             processor=cfg.model.get("processor"),
         )  # fmt: skip
         self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
@@ -127,11 +135,11 @@ class Run:
             raise
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.clock = Clock()
-        self.encode = lru_cache(maxsize=s.encoded)(self._encode)
+        self.encode = Loader(self._encode, keep=s.encoded, workers=s.workers)
         self.version = self.tokens = 0
 
     def _encode(self, question):
-        """Question -> Encoded; `encode` remembers the latest. Raises ClipError when its audio cannot be read."""
+        """Question -> Encoded. Raises ClipError when its audio cannot be read."""
         return self.policy.encode(question, self.dataset.clip(question))
 
     def _encode_for(self, bench, question):
@@ -199,6 +207,7 @@ class Run:
         finally:
             self.display.stop()
             self.rollout.close()
+            self.encode.close()
 
     def _train(self) -> dict:
         s, show = self.settings, self.display
@@ -230,11 +239,13 @@ class Run:
         try:
             if done:
                 finish(trained, **done, groups=[])
-            while trained < end:
-                done = None
-                metrics, rows, groups = loop.step(self, trained)
-                trained, done = trained + 1, {"metrics": metrics, "rows": self.engine.gather(rows)}
-                finish(trained, **done, groups=groups)
+            with profile.traced(s.traced_steps * (self.rank == 0), self.folder, show.say) as tick:
+                while trained < end:
+                    done = None
+                    metrics, rows, groups = loop.step(self, trained)
+                    trained, done = trained + 1, {"metrics": metrics, "rows": self.engine.gather(rows)}
+                    finish(trained, **done, groups=groups)
+                    tick()
         except (RolloutError, SyncError) as error:
             if trained == 0:
                 raise
@@ -326,6 +337,13 @@ class Run:
             reward = [r["reward"] for r in map(json.loads, rows) if "reward" in r] or [float("nan")]
             summary |= {"reward/first": float(np.mean(reward[:10])), "reward/last": float(np.mean(reward[-10:]))}
         return summary
+
+
+def build_audio_cache(cfg: DictConfig) -> AudioCache:
+    try:
+        return AudioCache(**cfg.audio_cache)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _module(part) -> str:

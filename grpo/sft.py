@@ -15,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -30,9 +29,11 @@ from data.question import Question
 from grpo.train import guard_packages
 
 TEXTS = {"think": ("thinking", "think"), "semantic_elements": ("semantic_elements",)}  # tag -> keys of a row's meta
-FREE_ON_RESUME = set("resume stop_at name tracking checkpoint log encoded cache engine".split())
-TYPES = {"epochs": float, "steps": int | None, "seed": int, "questions": int, "micro_questions": int, "max_tokens": int,
-         "resume": bool, "stop_at": int | None, "encoded": int}  # fmt: skip
+FREE_ON_RESUME = set(
+    "resume stop_at name tracking checkpoint log encoded workers audio_cache micro_tokens cache engine".split()
+)
+TYPES = {"epochs": float, "steps": int | None, "seed": int, "questions": int, "micro_tokens": int | None,
+         "workers": int, "max_tokens": int, "resume": bool, "stop_at": int | None, "encoded": int}  # fmt: skip
 
 
 def target(
@@ -94,10 +95,11 @@ class Fine:
         from grpo.checkpoint import Checkpoints
         from grpo.config import ConfigError, build, check_type
         from grpo.engine import Engine, start_distributed, zero_config
+        from grpo.loading import Loader
         from grpo.policy import Policy
         from grpo.predict import spread
         from grpo.rollout.hf import HFRollout
-        from grpo.run import prepare_model
+        from grpo.run import build_audio_cache, prepare_model
 
         for key, hint in TYPES.items():
             check_type(key, cfg[key], hint)
@@ -109,23 +111,18 @@ class Fine:
         self.folder = Path(agreed[0])
         if cfg.questions % self.world:
             raise ConfigError(f"questions={cfg.questions} cannot be shared evenly by {self.world} ranks")
-        share = cfg.questions // self.world
-        self.size = min(cfg.micro_questions, share)
-        if share % self.size:
-            raise ConfigError(f"micro_questions={cfg.micro_questions} does not divide the {share} questions of a rank")
         torch.manual_seed(cfg.seed)
         self.schedule = build(cfg.optim.schedule, "optim.schedule")
         self.dataset = build(cfg.data, "data")
         prompt = build(cfg.prompt, "prompt")
         path = prepare_model(cfg, self.dataset, prompt, self.rank, self.world, display)
-        zero = zero_config(stage=cfg.engine.stage, micro_batches=share // self.size, clip=cfg.optim.clip,
-                           dtype=cfg.model.dtype, world=self.world)  # fmt: skip
+        zero = zero_config(stage=cfg.engine.stage, clip=cfg.optim.clip, dtype=cfg.model.dtype, world=self.world)
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.policy = Policy(
             path, OmegaConf.to_container(cfg.model.lora) | {"seed": cfg.seed}, prompt=prompt, dtype=cfg.model.dtype,
             device=device, gradient_checkpointing=cfg.model.gradient_checkpointing, attention=cfg.model.attention,
             forward=cfg.model.forward, zero3=zero if cfg.engine.stage == 3 else None,
-            processor=cfg.model.get("processor"),
+            processor=cfg.model.get("processor"), audio_cache=build_audio_cache(cfg),
         )  # fmt: skip
         self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
         self.rollout = HFRollout(self.policy)
@@ -136,7 +133,7 @@ class Fine:
         self.heldout = spread(self.dataset.eval, cfg.eval.questions)
         self.steps = cfg.steps or max(1, round(cfg.epochs * len(self.taught.questions) / cfg.questions))
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
-        self.encode = lru_cache(maxsize=cfg.encoded)(self._encode)
+        self.encode = Loader(self._encode, keep=cfg.encoded, workers=cfg.workers)
         self.quarantined: dict[str, str] = {}
         self.tokens = 0
 
@@ -147,23 +144,21 @@ class Fine:
         """One optimizer step. Its loss is the mean over the target tokens of all ranks and micro-batches."""
         import torch
 
-        from grpo.loop import loss_mask
+        from grpo.micro import micro_batches
         from grpo.rollout import sample_seed
 
         groups = self._groups(step)
-        mask = [loss_mask(groups[i : i + self.size], False) for i in range(0, len(groups), self.size)]
-        count = self.engine.reduce({"tokens": float(sum(m.sum() for m in mask))})["tokens"]
+        self.encode.ahead(self.sampler.batch(step + 1, frozenset(self.quarantined))[self.rank :: self.world])
+        micro = micro_batches(self.engine, self.policy, groups, self.cfg.micro_tokens)
+        count = self.engine.reduce({"tokens": float(sum(len(g.completions[0].token_ids) for g in groups))})["tokens"]
         torch.manual_seed(sample_seed(self.cfg.seed, step, "dropout", self.rank))  # a resumed run draws the same
         self.policy.train()
         total = 0.0
-        for m, i in enumerate(range(0, len(groups), self.size)):
-            part = groups[i : i + self.size]
-            logp_NT, _ = self.engine(part, self.policy.encode_audio([g.prompt for g in part]))
-            loss = -(logp_NT * mask[m].to(logp_NT.device)).sum() / count
-            self.engine.backward(loss)
+        for m in micro:
+            logp_NT, _ = self.engine(m.prepared)
+            loss = -logp_NT.sum() / count  # zeros behind each target's end
+            self.engine.backward(loss, last=m is micro[-1])
             total += loss.item()
-            if m < len(mask) - 1:
-                self.engine.end_micro_batch()
         rate = self.schedule(step, self.steps)
         norm = self.engine.step(rate)
         self.policy.eval()
@@ -202,6 +197,12 @@ class Fine:
 
     def train(self) -> dict:
         """To the end (or `stop_at`); returns the summary."""
+        try:
+            return self._train()
+        finally:
+            self.encode.close()
+
+    def _train(self) -> dict:
         from grpo.config import ConfigError, build
         from grpo.run import facts, write_provenance
         from grpo.tracking import NoTracker, RunLog

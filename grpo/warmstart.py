@@ -43,7 +43,7 @@ def warm_start(policy, questions: Sequence, encode: Callable[[object], Encoded],
             lessons = [(*policy.tokenizer(lesson(c, rng))["input_ids"], stop) for c in question.choices]
             completions = tuple(Completion(ids, (0.0,) * len(ids), "", False, 0) for ids in lessons)
             groups.append(Group(encode(question), completions))
-        logp_NT, _ = policy(groups, policy.encode_audio([g.prompt for g in groups]))
+        logp_NT, _ = policy(policy.prepare(groups))
         loss = -logp_NT.sum() / (logp_NT != 0).sum()
         optimizer.zero_grad()
         loss.backward()

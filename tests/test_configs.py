@@ -55,7 +55,7 @@ def test_published_values():
     cfg = composed("experiment=audsemthinker_qa_grpo")
     assert (cfg.model.path, cfg.model.dtype) == ("Qwen/Qwen2.5-Omni-7B", "bfloat16")
     assert (cfg.model.lora.r, cfg.model.lora.alpha, cfg.model.lora.dropout) == (8, 16, 0.05)
-    assert (cfg.generations, cfg.loss.beta, cfg.micro_questions, cfg.think_words) == (6, 0.01, 2, 25)
+    assert (cfg.generations, cfg.loss.beta, cfg.questions, cfg.think_words) == (6, 0.01, 8, 25)
     assert (cfg.loss.surrogate.clip_low, cfg.loss.surrogate.clip_high) == (0.2, 0.2)
     assert (cfg.optim.schedule.lr, cfg.engine.stage, cfg.temperature) == (1e-6, 3, 0.9)
     assert (cfg.advantage.ddof, cfg.advantage.eps) == (1, 1e-4)
@@ -94,6 +94,7 @@ def test_a_wrong_component_is_named_before_anything_starts(override, message):
         ("eval.every=0", "eval.every must be at least 1"),
         ("generations=1", "group of one"),
         ("temperature=0", "temperature must be above 0"),
+        ("micro_tokens=0", "micro_tokens must be at least 1, or null"),
     ],
 )
 def test_a_wrong_daily_key_is_named(override, message):
@@ -102,13 +103,10 @@ def test_a_wrong_daily_key_is_named(override, message):
 
 
 def test_uneven_splits_are_refused():
-    s = settings(composed("questions=6", "micro_questions=2"))
-    assert (s.check_ranks(1), s.check_ranks(3)) == (3, 1)
-    assert settings(composed("questions=6", "micro_questions=4")).check_ranks(2) == 1  # no more than a rank has
+    s = settings(composed("questions=6"))
+    s.check_ranks(3)
     with pytest.raises(ConfigError, match="4 ranks"):
         s.check_ranks(4)
-    with pytest.raises(ConfigError, match="micro_questions=2"):
-        s.check_ranks(2)
 
 
 def test_a_partial_with_missing_arguments_is_refused_at_the_start():

@@ -13,7 +13,7 @@ from tests.grpo.test_metrics import documented
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "steps=6", "questions=4", "generations=4", "micro_questions=2", "eval.every=3", "checkpoint.every=2",
+    "steps=6", "questions=4", "generations=4", "micro_tokens=400", "eval.every=3", "checkpoint.every=2",
     "eval.batch=16",
     "data.train.count=64", "data.eval.count=16", "model.tiny.warm_start.steps=15", "model.tiny.build.audio_hidden=64",
     "max_tokens=24", "updates=2", "model.lora.dropout=0.05",
@@ -229,16 +229,16 @@ def test_all_of_it_is_the_same_on_two_ranks_under_zero3(work, lab):
 
 def test_a_multirun_ends_in_a_report_and_runs_only_what_is_missing(work):
     words, base = ["name=many", "steps=2", "loss=grpo,dr_grpo"], ["-m", *SMALL]
-    done = train(work, *words, "micro_questions=2,3", ok=False, base=base)
+    done = train(work, *words, "micro_tokens=400,0", ok=False, base=base)
     folder = work / "multirun" / "many"
-    assert "4 runs, 2 failed" in done.stdout and "micro_questions=3 does not divide" in done.stdout
+    assert "4 runs, 2 failed" in done.stdout and "micro_tokens must be at least 1" in done.stdout
     assert (folder / "report.html").exists()
     ran = {p: p.stat().st_mtime_ns for p in folder.glob("*/metrics.jsonl")}
     assert len(ran) == 2
     # paired by design: at the first step all arms answer the same questions with the same words
     one, two = (map(json.loads, (p.parent / "samples.jsonl").read_text().splitlines()[:16]) for p in ran)
     assert [(r["id"], r["completion"]) for r in one] == [(r["id"], r["completion"]) for r in two]
-    train(work, *words, "micro_questions=2,4", "resume=true", ok=False, base=base)  # the old failures are still there
+    train(work, *words, "micro_tokens=400,800", "resume=true", ok=False, base=base)  # the old failures are still there
     assert {p: p.stat().st_mtime_ns for p in ran} == ran and len(list(folder.glob("*/metrics.jsonl"))) == 4
 
 
@@ -255,7 +255,7 @@ def test_a_multirun_ends_in_a_report_and_runs_only_what_is_missing(work):
         (["loss.beta=abc"], ["loss.beta must be float"]),
         (["steps=abc"], ["steps must be int"]),
         (["data=manifest", "data.train.path=nowhere.jsonl", "data.eval.path=nowhere.jsonl"], ["nowhere.jsonl"]),
-        (["questions=5", "micro_questions=2"], ["micro_questions=2"]),
+        (["micro_tokens=0"], ["error: micro_tokens must be at least 1, or null, got 0"]),
         (["resume=true", "name=none-there"], ["none-there"]),
         (["dynamic_sampling.rounds=0"], ["error: dynamic_sampling.rounds must be at least 1, got 0"]),
         (["dynamic_sampling.rounds=99"], ["rounds=99 x questions=4", "only 64 training questions"]),

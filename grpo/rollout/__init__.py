@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,10 @@ class RolloutError(RuntimeError):
     """The rollout engine cannot answer, and repeating does not help: says what was seen and what to do."""
 
 
+def ignore(place: int, group: Group) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample. `seed` and `step` fix every sample; temperature and banned ids are the policy's own."""
@@ -29,12 +33,16 @@ class Sampling:
     greedy: bool = False
 
 
+Done = Callable[[int, Group], object]  # told of each group, by its place among the prompts, as soon as it is whole
+
+
 class Rollout(Protocol):
     """What the loop needs of a rollout engine."""
 
     version: int  # of the weights it holds
 
-    def generate(self, prompts: Sequence[Encoded], copies: int, sampling: Sampling) -> list[Group]: ...
+    def generate(self, prompts: Sequence[Encoded], copies: int, sampling: Sampling,
+                 done: Done = ignore) -> list[Group]: ...  # fmt: skip
 
     def close(self) -> None: ...
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group
 from grpo.logprob import tempered
-from grpo.rollout import Sampling, sample_seed
+from grpo.rollout import Done, Sampling, ignore, sample_seed
 
 
 class Chooser:
@@ -42,13 +42,16 @@ class HFRollout:
     def __init__(self, policy, *, batch: int = 256):
         self.policy, self.batch, self.version = policy, batch, 0
 
-    def generate(self, prompts: Sequence[Encoded], copies: int, sampling: Sampling) -> list[Group]:
+    def generate(self, prompts: Sequence[Encoded], copies: int, sampling: Sampling,
+                 done: Done = ignore) -> list[Group]:  # fmt: skip
         training = self.policy.training
         self.policy.eval()  # dropout would sample from another policy than the one whose log-probs are reported
         at_once = max(1, self.batch // copies)
         groups = []
         for i in range(0, len(prompts), at_once):
-            groups += self._generate(prompts[i : i + at_once], copies, sampling)
+            for group in self._generate(prompts[i : i + at_once], copies, sampling):
+                done(len(groups), group)
+                groups.append(group)
         self.policy.train(training)
         return groups
 

@@ -4,6 +4,8 @@
     lag=1    rollout 0 | update 0 | sync | update 1  | sync | update 2 | ...
                        | rollout 1       | rollout 2        | rollout 3
 
+Rewards are computed as soon as a question's completions are whole, in a thread of their own, while others still sample.
+
 With lag 1 the completions of step s were sampled with the weights before update s-1: one step off-policy
 (`rollout.correction` weighs for it). Seeds are functions of names, and weights change only between rollouts: same seed,
 same run.
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 
 from data.audio import ClipError
 from grpo.batch import Completion, Encoded, Group
+from grpo.collect import Earned, score
 from grpo.config import ConfigError
 from grpo.rollout import RolloutError, Sampling
 
@@ -29,6 +32,7 @@ class Asked:
     questions: Sequence
     version: int  # of the weights that its completions are sampled with
     groups: Future
+    earned: dict[int, Future]  # place -> what its completions earned; filled as they come
 
 
 class Rollouts:
@@ -46,10 +50,11 @@ class Rollouts:
                               "generator in no fixed order. model.lora.dropout=0, or rollout=vllm_server")  # fmt: skip
         self.run, self.lag = run, lag
         self.pool = ThreadPoolExecutor(1, "rollout") if lag else None
+        self.judge = ThreadPoolExecutor(1, "rewards")  # one: a reward need not be thread-safe
         self.asked: Asked | None = None
 
-    def take(self, step: int) -> tuple[Sequence, list[Group]]:
-        """This rank's questions of `step` and their groups; with lag 1, the next step's are on their way afterwards.
+    def take(self, step: int) -> list[Earned]:
+        """This rank's questions of `step`, their groups and rewards; with lag 1, the next step's are then on their way.
 
         Every rank calls. Raises RolloutError on all ranks if one of them got no groups, RuntimeError for completions of
         other weights than were asked for.
@@ -64,10 +69,11 @@ class Rollouts:
             raise RuntimeError(f"step {step}: completions of weights version {stale}, expected {asked.version}")
         if self.lag and step + 1 < run.settings.steps:
             self._ask(step + 1)
-        return asked.questions, groups
+        with run.clock("reward"):
+            return [asked.earned[b].result() for b in range(len(groups))]
 
-    def more(self, step: int, asked: Set[str]) -> tuple[Sequence, list[Group]]:
-        """A further batch of questions of `step`, without those `asked` before, and their groups (without lag)."""
+    def more(self, step: int, asked: Set[str]) -> list[Earned]:
+        """The same for a further batch of questions of `step`, without those `asked` before (without lag)."""
         self._ask(step, asked)
         return self.take(step)
 
@@ -82,7 +88,12 @@ class Rollouts:
         run, s = self.run, self.run.settings
         with run.clock("data"):
             questions, prompts = load_questions(run, step, asked)
-        arguments = prompts, s.generations, Sampling(s.max_tokens, s.seed, step)
+        earned: dict[int, Future] = {}
+
+        def done(place: int, group: Group) -> None:
+            earned[place] = self.judge.submit(score, run.rewards, questions[place], group)
+
+        arguments = prompts, s.generations, Sampling(s.max_tokens, s.seed, step), done
         if self.pool:
             groups = self.pool.submit(run.rollout.generate, *arguments)
         else:
@@ -92,7 +103,7 @@ class Rollouts:
                     groups.set_result(run.rollout.generate(*arguments))
                 except RolloutError as error:
                     groups.set_exception(error)
-        self.asked = Asked(step, questions, run.version, groups)
+        self.asked = Asked(step, questions, run.version, groups, earned)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -115,7 +126,9 @@ class Rollouts:
         groups: Future = Future()
         mine = records[run.engine.rank * share : (run.engine.rank + 1) * share]
         groups.set_result([_group(run, p, record) for p, record in zip(prompts, mine, strict=True)])
-        self.asked = Asked(step, questions, records[0]["completions"][0]["version"], groups)
+        earned = {b: self.judge.submit(score, run.rewards, q, g)
+                  for b, (q, g) in enumerate(zip(questions, groups.result(), strict=True))}  # fmt: skip
+        self.asked = Asked(step, questions, records[0]["completions"][0]["version"], groups, earned)
 
 
 def _record(group: Group) -> dict:
@@ -144,6 +157,7 @@ def load_questions(run, step: int, asked: Set[str] = frozenset()) -> tuple[list,
     while True:
         questions = run.sampler.batch(step, asked | run.quarantined.keys())
         mine = questions[run.engine.rank * share : (run.engine.rank + 1) * share]
+        run.encode.ahead(mine)
         encoded, failed = [], []
         for question in mine:
             try:
@@ -152,5 +166,9 @@ def load_questions(run, step: int, asked: Set[str] = frozenset()) -> tuple[list,
                 failed.append((question.id, error.reason, str(error)))
         failed = run.engine.gather(failed)
         if not failed:
-            return mine, encoded
+            break
         run.quarantine(failed)
+    if step + 1 < run.settings.steps:
+        later = run.sampler.batch(step + 1, run.quarantined.keys())
+        run.encode.ahead(later[run.engine.rank * share : (run.engine.rank + 1) * share])
+    return mine, encoded

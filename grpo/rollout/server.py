@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group
-from grpo.rollout import RolloutError, Sampling, check_prompt, group_seed, one_slot
+from grpo.rollout import Done, RolloutError, Sampling, check_prompt, group_seed, ignore, one_slot
 from grpo.rollout.serve import TOKEN, Launch, Process, ServerError, answers, choose_token, exchange_folder
 from grpo.sync.broadcast import store as meeting_place
 
@@ -332,7 +332,8 @@ class VLLMServer:
 
     # ---------------------------------------------------------------- completions
 
-    def generate(self, prompts: Sequence[Encoded], copies: int, sampling: Sampling) -> list[Group]:
+    def generate(self, prompts: Sequence[Encoded], copies: int, sampling: Sampling,
+                 done: Done = ignore) -> list[Group]:  # fmt: skip
         """`copies` completions of each prompt, sampled with the weights of `self.version`.
 
         One request a question with n = copies: prompt and audio are encoded once, and vLLM gives copy i the seed
@@ -341,11 +342,14 @@ class VLLMServer:
         """
         n = 1 if sampling.greedy else copies  # vLLM refuses greedy copies: they are all the same
         asked = [self._question(prompt, self._sampling(prompt, n, sampling)) for prompt in prompts]
-        groups = self._all(
-            asked, lambda i, answer: self._group(prompts[i], answer, n, sampling.max_tokens),
-            [f"question {p.id}" for p in prompts],
-        )  # fmt: skip
-        return groups if n == copies else [Group(g.prompt, g.completions * copies) for g in groups]
+
+        def read(i: int, answer: Mapping) -> Group:
+            group = self._group(prompts[i], answer, n, sampling.max_tokens)
+            group = group if n == copies else Group(group.prompt, group.completions * copies)
+            done(i, group)
+            return group
+
+        return self._all(asked, read, [f"question {p.id}" for p in prompts])
 
     def score(self, groups: Sequence[Group]) -> list[list[list[float]]]:
         """Log-probs [B][G][T] of given completions under the servers' weights, as its sampler would report them.

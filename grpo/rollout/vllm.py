@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group
-from grpo.rollout import HEAD, RolloutError, Sampling, check_prompt, group_seed, one_slot
+from grpo.rollout import HEAD, Done, RolloutError, Sampling, check_prompt, group_seed, ignore, one_slot
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, the only ones that vLLM knows
 
@@ -100,7 +100,8 @@ class VLLMRollout:
 
     # ---------------------------------------------------------------- sampling
 
-    def generate(self, prompts: Sequence[Encoded], copies: int, sampling: Sampling) -> list[Group]:
+    def generate(self, prompts: Sequence[Encoded], copies: int, sampling: Sampling,
+                 done: Done = ignore) -> list[Group]:  # fmt: skip
         s, policy = sampling, self.policy
         settings = []
         for p in prompts:
@@ -109,25 +110,30 @@ class VLLMRollout:
                 n=1 if s.greedy else copies, max_tokens=s.max_tokens, logprobs=0, seed=seed,
                 stop_token_ids=policy.stop_ids, temperature=0.0 if s.greedy else policy.temperature,
             ))  # fmt: skip
-        groups = []
-        for p, out in zip(prompts, self._ask([self._request(p) for p in prompts], settings), strict=True):
-            check_prompt(p, out.prompt_token_ids)
-            completions = []
-            for answer in sorted(out.outputs, key=lambda o: o.index):
-                ids = tuple(answer.token_ids)
-                cut = bool(ids) and ids[-1] not in policy.stop_ids
-                if answer.finish_reason not in ("stop", "length") or not ids or (cut and len(ids) < s.max_tokens):
-                    raise RolloutError(
-                        f"question {p.id}: a completion ended by {answer.finish_reason!r} after {len(ids)} of "
-                        f"{s.max_tokens} tokens: raise rollout.max_model_len above {len(p.prompt_ids)} + {s.max_tokens}"
-                    )
-                logp = tuple(at[i].logprob for i, at in zip(ids, answer.logprobs, strict=True))
-                completions.append(Completion(ids, logp, policy.decode(ids), cut, self.version))
-            groups.append(Group(p, tuple(completions * (copies if s.greedy else 1))))  # vLLM takes no n>1 then
+        groups: list[Group | None] = [None] * len(prompts)
+        for place, out in self._ask([self._request(p) for p in prompts], settings):
+            groups[place] = self._group(prompts[place], out, copies, s)
+            done(place, groups[place])
         if self.sleeps and not s.greedy:  # the update comes next; after an evaluation the next rollout does
             self.llm.sleep(level=1)
             self.asleep = {"weights", "kv_cache"}
         return groups
+
+    def _group(self, p: Encoded, out, copies: int, s: Sampling) -> Group:
+        """vLLM's answer to one question, checked."""
+        check_prompt(p, out.prompt_token_ids)
+        completions = []
+        for answer in sorted(out.outputs, key=lambda o: o.index):
+            ids = tuple(answer.token_ids)
+            cut = bool(ids) and ids[-1] not in self.policy.stop_ids
+            if answer.finish_reason not in ("stop", "length") or not ids or (cut and len(ids) < s.max_tokens):
+                raise RolloutError(
+                    f"question {p.id}: a completion ended by {answer.finish_reason!r} after {len(ids)} of "
+                    f"{s.max_tokens} tokens: raise rollout.max_model_len above {len(p.prompt_ids)} + {s.max_tokens}"
+                )
+            logp = tuple(at[i].logprob for i, at in zip(ids, answer.logprobs, strict=True))
+            completions.append(Completion(ids, logp, self.policy.decode(ids), cut, self.version))
+        return Group(p, tuple(completions * (copies if s.greedy else 1)))  # vLLM takes no n>1 then
 
     def score(self, groups: Sequence[Group]) -> list[list[list[float]]]:
         """One request of one token per position: the log-prob of the given token where it would be sampled.
@@ -143,7 +149,7 @@ class VLLMRollout:
                     settings.append(self._parameters(
                         n=1, max_tokens=1, logprob_token_ids=[token], seed=0, temperature=self.policy.temperature
                     ))  # fmt: skip
-        answers = iter(self._ask(requests, settings))
+        answers = (out for _, out in sorted(self._ask(requests, settings), key=lambda pair: pair[0]))
         return [[[next(answers).outputs[0].logprobs[0][token].logprob for token in c.token_ids] for c in g.completions]
                 for g in groups]  # fmt: skip
 
@@ -162,10 +168,18 @@ class VLLMRollout:
         ban = dict.fromkeys(self.policy.banned_ids, float("-inf"))
         return SamplingParams(logit_bias=ban, detokenize=False, **self.filters, **settings)
 
-    def _ask(self, requests: list[dict], settings: list) -> list:
+    def _ask(self, requests: list[dict], settings: list):
+        """(place, answer) of each request as soon as it is whole."""
         self._wake("weights", "kv_cache")
+        engine = self.llm.llm_engine
         with _numbers_kept():
-            return self.llm.generate(requests, settings, use_tqdm=False, lora_request=self.adapter)
+            names = self.llm.enqueue(requests, settings, use_tqdm=False, lora_request=self.adapter)
+        places = {name: place for place, name in enumerate(names)}
+        while places:
+            with _numbers_kept():
+                answers = [out for out in engine.step() if out.finished]
+            for out in answers:
+                yield places.pop(out.request_id), out
 
     def _wake(self, *tags: str) -> None:
         if wanted := self.asleep & set(tags):

@@ -59,7 +59,7 @@ class Probe:
     def _trainer(self, groups: Sequence[Group]) -> list[list[float]]:
         training = self.policy.training
         self.policy.eval()
-        logp_NT, _ = self.engine(groups, self.policy.encode_audio([g.prompt for g in groups]))
+        logp_NT, _ = self.engine(self.policy.prepare(groups))
         self.policy.train(training)
         lengths = [len(c.token_ids) for g in groups for c in g.completions]
         return [row[:n] for row, n in zip(logp_NT.tolist(), lengths, strict=True)]

@@ -54,7 +54,7 @@ def gradients(
 ):
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share = QUESTIONS // world
-    zero = zero_config(stage=stage, micro_batches=share // micro, clip=clip, dtype="float32", world=world)
+    zero = zero_config(stage=stage, clip=clip, dtype="float32", world=world)
     policy = Policy(checkpoint, LORA, prompt=make_prompt(), forward=layout, gradient_checkpointing=checkpointing,
                     zero3=zero if stage == 3 else None)  # fmt: skip
     policy.pad = pad
@@ -73,22 +73,20 @@ def gradients(
     n_tokens = float(loss_mask(everything, True).sum())
     advantage = torch.linspace(-1.5, 2.0, QUESTIONS * COPIES) * (float("nan") if poisoned else 1.0)
     mine = range(rank * share, (rank + 1) * share)
-    audio = policy.encode_audio([everything[b].prompt for b in mine])
     total = 0.0
     policy.train()
     for i in range(0, share, micro):
         groups = [everything[b] for b in mine[i : i + micro]]
+        batch = policy.prepare(groups)
         with torch.no_grad(), policy.reference():
-            ref, _ = engine(groups, audio[i : i + micro])
-        logp, entropy = engine(groups, audio[i : i + micro])
+            ref, _ = engine(batch)
+        logp, entropy = engine(batch)
         old = pad_rows([c.sampler_logp for g in groups for c in g.completions])
         first = mine[i] * COPIES
         out = objective(LossInputs(logp, old, old, ref, entropy, advantage[first : first + len(old)],
                                    loss_mask(groups, True), n_tokens, float(QUESTIONS * COPIES)))  # fmt: skip
-        engine.backward(out.loss)
+        engine.backward(out.loss, last=i + micro == share)
         total += out.loss.item()
-        if i + micro < share:
-            engine.end_micro_batch()
     grads = engine.gradients()
     try:
         norm = engine.step(sgd or 1e-3)

@@ -18,10 +18,13 @@ class Rollout:
     def __init__(self):
         self.asked = []
 
-    def generate(self, prompts, copies, sampling):
+    def generate(self, prompts, copies, sampling, done):
         self.asked.append([p.id for p in prompts])
-        return [Group(p, tuple(Completion((1, 2), (0.0, 0.0), p.id if g else "0", False, 0) for g in range(copies)))
-                for p in prompts]  # fmt: skip
+        groups = [Group(p, tuple(Completion((1, 2), (0.0, 0.0), p.id if g else "0", False, 0) for g in range(copies)))
+                  for p in prompts]  # fmt: skip
+        for place, group in enumerate(groups):
+            done(place, group)
+        return groups
 
 
 def sampling_run(rounds, teach, by="reward", rank=None):

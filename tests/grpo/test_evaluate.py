@@ -34,7 +34,7 @@ def bench(tmp_path_factory):
 def run(checkpoint, bench, folder, *words, prompt="short"):
     with initialize_config_module("conf", version_base="1.3"):
         cfg = compose("evaluate", lists([
-            f"model={checkpoint}", "bench=heldout", f"bench.heldout.path={bench}", f"prompt={prompt}", "max_tokens=8",
+            f"model={checkpoint}", "bench=heldout", f"bench.heldout.path={bench}", *([f"prompt={prompt}"] if prompt else []), "max_tokens=8",
             "batch=4", *words,
         ]))  # fmt: skip
     OmegaConf.resolve(cfg)
@@ -106,7 +106,7 @@ def test_mistakes_are_one_line(checkpoint, bench, tmp_path, word, message):
 
 def test_a_model_without_a_prompt_asks_for_one(checkpoint, bench, tmp_path):
     with pytest.raises(ConfigError, match="does not say which prompt"):
-        run(checkpoint, bench, tmp_path, prompt="null")
+        run(checkpoint, bench, tmp_path, prompt=None)
 
 
 def test_commas_ask_benchmarks_together():

@@ -12,7 +12,8 @@ from torch.nn import functional
 from data.audio import ClipError
 from grpo import loop
 from grpo.advantage import group_mean
-from grpo.batch import Completion, Encoded, Group, pad_rows
+from grpo.batch import Completion, Encoded, Group, moves_without_advantage, pad_rows
+from grpo.loading import Loader
 from grpo.loss import aggregate, kl, ratio, surrogate
 from grpo.loss.objective import Objective
 from grpo.rollout import Sampling
@@ -20,6 +21,8 @@ from grpo.rollout.lag import Rollouts, load_questions
 from grpo.sync import Receipt
 from tests.conftest import make_question
 
+# Tokens of groups 0 and 1, and of 2 and 3: with their prompts 25 each. Groups in a micro-batch -> micro_tokens
+TOKENS = {1: 1, 2: 25, 4: None}
 # Tokens of the two completions of questions 0 to 3 (4 to 7 repeat them), and those that the length limit cut.
 LENGTHS = [(3, 1), (2, 5), (4, 4), (1, 2)]
 CUT = {(1, 1), (2, 0)}
@@ -38,8 +41,14 @@ class Policy(torch.nn.Module):
     def encode_audio(self, prompts):
         return [f"sound of {p.id}" for p in prompts]
 
-    def forward(self, groups, audio, entropy_gradient=False):
+    def tokens_of(self, group):
+        return len(group.prompt.prompt_ids) + sum(len(c.token_ids) for c in group.completions)
+
+    def prepare(self, groups, audio):
         assert audio == self.encode_audio([g.prompt for g in groups])
+        return groups
+
+    def forward(self, groups, entropy_gradient=False):
         self.passes.append((self.name, self.training, [g.prompt.id for g in groups]))
         ids = pad_rows([c.token_ids for g in groups for c in g.completions])
         mask = pad_rows([[1.0] * len(c.token_ids) for g in groups for c in g.completions])
@@ -64,12 +73,9 @@ class Engine:
     def __call__(self, *args):
         return self.policy(*args)
 
-    def backward(self, loss):
-        self.calls.append("backward")
+    def backward(self, loss, *, last):
+        self.calls.append("last backward" if last else "backward")
         loss.backward()
-
-    def end_micro_batch(self):
-        self.calls.append("next")
 
     def step(self, lr):
         self.calls.append(f"step {lr:g}")
@@ -97,9 +103,12 @@ class Rollout:
 
     version = 0
 
-    def generate(self, prompts, copies, sampling):
+    def generate(self, prompts, copies, sampling, done):
         self.sampling = sampling
-        return [Group(p, tuple(self._one(int(p.id) % 4, g) for g in range(copies))) for p in prompts]
+        groups = [Group(p, tuple(self._one(int(p.id) % 4, g) for g in range(copies))) for p in prompts]
+        for place in reversed(range(len(groups))):  # whichever is whole first
+            done(place, groups[place])
+        return groups
 
     def _one(self, b, g):
         n = LENGTHS[b][g]
@@ -111,8 +120,11 @@ class Rewards:
 
     names, weights, raising = ("second",), (1.0,), ()
 
+    def __init__(self):
+        self.contexts = {}  # of each group
+
     def score(self, texts, contexts):
-        self.contexts = contexts
+        self.contexts[texts[0][0]] = contexts
         total = [float("nan") if t in self.raising else float(t[1]) for t in texts]
         failures = [SimpleNamespace(index=i) for i, t in enumerate(texts) if t in self.raising]
         return SimpleNamespace(components=[[r] for r in total], total=total, failures=failures)
@@ -129,7 +141,7 @@ class Watched(Objective):
 class Run(SimpleNamespace):
     """The first of two ranks, with 8 questions a step; `unreadable` ids have clips that cannot be read."""
 
-    def encode(self, question):
+    def _encode(self, question):
         if question.id in self.unreadable:
             raise ClipError("silent", question.id, "no sound")
         return Encoded(question.id, torch.zeros(7, dtype=torch.long), torch.zeros(1, 1), f"sha {question.id}")
@@ -144,19 +156,21 @@ def make_run(*, beta=0.1, mask_truncated=False, updates=1, micro=2, rank=0, drop
     objective = Watched(beta=beta, ratio=ratio.token, surrogate=clipped, kl=kl.k3,
                         aggregate=aggregate.sequence_mean, mask_truncated=mask_truncated)  # fmt: skip
     objective.seen, pushed = [], []
+    rest = not moves_without_advantage(objective)
+    objective.seen.clear()
     asked = [make_question(str(i), answer=2) for i in range(10)]
     run = Run(
-        settings=SimpleNamespace(questions=8, generations=2, micro_questions=micro, updates=updates, max_tokens=5,
+        settings=SimpleNamespace(questions=8, generations=2, micro_tokens=TOKENS[micro], updates=updates, max_tokens=5,
                                  seed=3, steps=10, save_rollouts=False, dynamic_sampling_rounds=1,
                                  dynamic_sampling_by="reward"),
         sampler=SimpleNamespace(batch=lambda step, bad: [q for q in asked if q.id not in bad][:8]),
         policy=policy, engine=Engine(policy, rank), rollout=Rollout(), rewards=Rewards(), objective=objective,
         advantage=group_mean, schedule=lambda step, steps: (step + 1) / steps, clock=lambda stage: nullcontext(),
         sync=SimpleNamespace(push=lambda version, groups: pushed.append((version, groups)) or Receipt("none", version)),
-        pushed=pushed, version=0, tokens=0, quarantined={},
+        pushed=pushed, version=0, tokens=0, idle_groups_rest=rest, quarantined={},
         unreadable=unreadable,
     )  # fmt: skip
-    run.rollouts = Rollouts(run, lag=0)
+    run.encode, run.rollouts = Loader(run._encode, keep=20, workers=0), Rollouts(run, lag=0)
     return run
 
 
@@ -185,7 +199,7 @@ def test_order_of_an_iteration():
     assert run.version == 1 and run.pushed == []
     loop.sync(run, groups)
     assert run.rollout.sampling == Sampling(max_tokens=5, seed=3, step=4)
-    assert run.engine.calls == ["backward", "next", "backward", "step 0.5"] * 2
+    assert run.engine.calls == ["backward", "last backward", "step 0.5"] * 2
     assert metrics["learning_rate"] == 0.5 and run.pushed == [(1, groups)]
     assert run.tokens == 2 * (4 * 7 + 22)
 
@@ -230,9 +244,9 @@ def test_rewards_hear_of_their_own_completion():
     run = make_run()
     _, rows, _ = loop.step(run, 0)
     assert [r["reward"] for r in rows] == [r["rewards"]["second"] for r in rows] == [0, 1] * 4
-    assert [c["n_tokens"] for c in run.rewards.contexts] == [3, 1, 2, 5, 4, 4, 1, 2]
-    assert [i for i, c in enumerate(run.rewards.contexts) if c["truncated"]] == [3, 4]
-    assert {c["answer"] for c in run.rewards.contexts} == {2}
+    contexts = [c for _, group in sorted(run.rewards.contexts.items()) for c in group]
+    assert [c["n_tokens"] for c in contexts] == [3, 1, 2, 5, 4, 4, 1, 2]
+    assert [i for i, c in enumerate(contexts) if c["truncated"]] == [3, 4] and {c["answer"] for c in contexts} == {2}
     assert [(r["id"], r["sample"], r["completion"], r["tokens"]) for r in rows[2:4]] == [
         ("1", 0, "10", 2), ("1", 1, "11", 5),
     ]  # fmt: skip
@@ -247,6 +261,32 @@ def test_a_failed_reward_takes_its_group_out():
     given = torch.cat([x.advantage_N for x in run.objective.seen]).tolist()
     assert given == [-0.5, 0.5, 0, 0, -0.5, 0.5, -0.5, 0.5] == [r["advantage"] for r in rows]
     assert metrics["rewards/failed"] == 2 and metrics["rewards/second/mean"] == pytest.approx(4 / 7)
+
+
+def test_groups_without_advantage_are_not_computed_where_the_loss_is_silent_about_them():
+    def trained(**changes):
+        run = make_run(**changes)
+        run.rewards.raising = ("00", "20", "30")  # their groups get advantage 0
+        metrics, *_ = loop.step(run, 0)
+        return [ids for name, _, ids in run.policy.passes if name == "policy"], metrics, run.policy.w.item()
+
+    rested, metrics, w = trained(beta=0.0)
+    assert rested == [["1"]] and metrics["frac_groups_trained"] == 1 / 4
+    everything, metrics, _ = trained(beta=0.1)
+    assert everything == [["0", "1"], ["2", "3"]] and metrics["frac_groups_trained"] == 1
+    run = make_run(beta=0.0)
+    run.rewards.raising, run.idle_groups_rest = ("00", "20", "30"), False
+    loop.step(run, 0)
+    assert run.policy.w.item() == pytest.approx(w, abs=1e-7) and w != 1.0
+    assert [x.n_tokens for x in run.objective.seen] == [44, 44]
+
+
+def test_a_rank_whose_groups_are_all_without_advantage_still_takes_part():
+    run = make_run(beta=0.0)
+    run.rewards.raising = ("00", "10", "20", "30")
+    metrics, *_ = loop.step(run, 0)
+    assert [ids for *_, ids in run.policy.passes] == [["0"]] and run.policy.w.item() == 1.0
+    assert run.engine.calls == ["last backward", "step 0.1"] and metrics["loss"] == 0
 
 
 def test_completions_of_other_weights_are_refused():

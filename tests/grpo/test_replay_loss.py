@@ -57,19 +57,23 @@ def recorded(policy, tmp_path):
             completions.append(Completion(ids, tuple((-4 - normal(n).abs()).tolist()), "", b == g, 7))
         groups.append(Group(prompt, tuple(completions)))
     with torch.no_grad():
-        audio = policy.encode_audio([g.prompt for g in groups])
-        pairs = [(groups[i : i + 1], audio[i : i + 1]) for i in range(QUESTIONS)]
-        now = [policy(*pair) for pair in pairs]
+        micro = [policy.prepare([group]) for group in groups]
+        now = [policy(one) for one in micro]
         with policy.reference():
-            ref = [policy(*pair)[0] for pair in pairs]
+            ref = [policy(one)[0] for one in micro]
     component_NR = torch.stack([(normal(12) > 0).float(), normal(12)], 1)
     component_NR[3:6] = component_NR[3]  # a question whose rewards are all equal
     reward_BG = (component_NR @ torch.tensor([1.0, 0.5])).view(QUESTIONS, COPIES)
+
+    def whole(parts):
+        return pad_rows([row for part in parts for row in part])
+
     old = [logp + 0.05 * normal(*logp.shape) for logp, _ in now]  # as if the policy had moved since
     parts = record.parts(groups, reward_BG=reward_BG, component_NR=component_NR, advantage_BG=group_std(reward_BG),
-                         logp=[p for p, _ in now], old_logp=old, entropy=[h for _, h in now], ref_logp=ref)  # fmt: skip
+                         logp_NT=whole([p for p, _ in now]), old_logp_NT=whole(old),
+                         entropy_NT=whole([h for _, h in now]), ref_logp_NT=whole(ref))  # fmt: skip
     record.save_adapter(tmp_path, 5, policy, Alone())
-    record.write(tmp_path, 5, parts, seed=3, ranks=[2, 2], micro_questions=1, names=["right", "nice"],
+    record.write(tmp_path, 5, parts, seed=3, micro=[[1, 1], [1, 1]], names=["right", "nice"],
                  weights=[1.0, 0.5], decode=policy.decode, facts={"grad_norm": 0.25})  # fmt: skip
     return tmp_path, parts
 
@@ -85,9 +89,8 @@ def direct(policy, kept, objective):
         cut = quantile([p.entropy_GT[m] for p, m in zip(kept, masks, strict=True)], asked.entropy_quantile)
     policy.zero_grad()
     total = 0.0
-    audio = [a for i in (0, 2) for a in policy.encode_audio([p.group.prompt for p in kept[i : i + 2]])]
-    for p, mask, sound in zip(kept, masks, audio, strict=True):
-        logp, entropy = policy([p.group], [sound], *([True] if asked.entropy_gradient else []))
+    for p, mask in zip(kept, masks, strict=True):
+        logp, entropy = policy(policy.prepare([p.group]), asked.entropy_gradient)
         sampler = pad_rows([c.sampler_logp for c in p.group.completions], mask.shape[1])
         out = objective(LossInputs(
             logp, p.old_logp_GT, sampler, p.ref_logp_GT if asked.reference else None, entropy, p.advantage_G, mask,
@@ -101,7 +104,7 @@ def direct(policy, kept, objective):
 def test_a_record_is_read_back_as_it_was(recorded, policy):
     folder, parts = recorded
     got = record.read(record.step_folder(folder, 5))
-    assert (got.step, got.seed, got.ranks, got.micro_questions, got.group_size) == (5, 3, (2, 2), 1, COPIES)
+    assert (got.step, got.seed, got.ranks, got.micro, got.group_size) == (5, 3, (2, 2), ((1, 1), (1, 1)), COPIES)
     for group, part in zip(got.groups, parts, strict=True):
         assert torch.equal(group.prompt.mel, part.group.prompt.mel)
         assert torch.equal(group.prompt.prompt_ids, part.group.prompt.prompt_ids)
@@ -124,8 +127,8 @@ def test_a_record_is_read_back_as_it_was(recorded, policy):
 def test_micro_batches_are_those_of_the_run(recorded):
     got = record.read(record.step_folder(recorded[0], 5))
     assert got.micro_batches() == [(0, range(1)), (0, range(1, 2)), (1, range(2, 3)), (1, range(3, 4))]
-    assert replace(got, micro_questions=8).micro_batches() == [(0, range(2)), (1, range(2, 4))]
-    assert replace(got, ranks=(4,), micro_questions=2).micro_batches() == [(0, range(2)), (0, range(2, 4))]
+    assert replace(got, micro=((2,), (2,))).micro_batches() == [(0, range(2)), (1, range(2, 4))]
+    assert replace(got, micro=((3, 1),)).micro_batches() == [(0, range(3)), (0, range(3, 4))]
 
 
 @pytest.mark.parametrize(
@@ -133,8 +136,8 @@ def test_micro_batches_are_those_of_the_run(recorded):
     [
         (lambda f: (f / "step.json").unlink(), "step.json is missing; recorded: step-000005"),
         (lambda f: (f / "tensors.safetensors").write_bytes(b"\x08" * 40), "cannot be read"),
-        (lambda f: change(f, "format", 9), "is of format 9, this version reads 1"),
-        (lambda f: change(f, "ranks", [2, 1]), "do not fit together"),
+        (lambda f: change(f, "format", 9), "is of format 9, this version reads 2"),
+        (lambda f: change(f, "micro", [[2], [1]]), "do not fit together"),
         (lambda f: change(f, "ids", ["a"]), "do not fit together"),
     ],
 )
@@ -157,8 +160,7 @@ def test_a_step_that_was_not_recorded_says_so(tmp_path):
 
 def test_parts_that_are_not_those_of_the_ranks_are_refused(recorded):
     with pytest.raises(RecordError, match=r"4 questions, but the ranks hold \[2, 1\]"):
-        record.write(recorded[0], 6, recorded[1], seed=0, ranks=[2, 1], micro_questions=1, names=[], weights=[],
-                     decode=str)  # fmt: skip
+        record.write(recorded[0], 6, recorded[1], seed=0, micro=[[2], [1]], names=[], weights=[], decode=str)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ def test_a_plain_function_can_stand_in_for_an_objective(recorded, policy):
 # ---------------------------------------------------------------- arms and the command, on a real run
 
 RUN = ["debug=one_step", "tracking=none", "max_tokens=40", "generations=6", "model.tiny.warm_start.steps=60",
-       "updates=2", "micro_questions=2", "questions=4", "model.lora.dropout=0.05", "loss=dapo",
+       "updates=2", "micro_tokens=200", "questions=4", "model.lora.dropout=0.05", "loss=dapo",
        "loss.surrogate.clip_high=0.3", "beta=0.05", "save_rollouts=2"]  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def fine(checkpoint, rows, folder, *words):
     with initialize_config_module("conf", version_base="1.3"):
         cfg = compose("sft", [
             f"model.path={checkpoint}", "data=manifest", f"data.train.path={rows}/train.jsonl",
-            f"data.eval.path={rows}/held.jsonl", "questions=4", "micro_questions=2", "max_tokens=100", "tracking=none",
+            f"data.eval.path={rows}/held.jsonl", "questions=4", "micro_tokens=150", "max_tokens=100", "tracking=none",
             "target.missing=null", "optim.schedule.lr=0.01", "epochs=3", "eval.every=3", *words,
         ])  # fmt: skip
     del cfg.name, cfg.cache
@@ -124,8 +124,8 @@ def test_a_run_learns_and_resumes_to_the_same(checkpoint, rows, process, tmp_pat
 
 
 def test_the_gradient_does_not_depend_on_micro_batches(checkpoint, rows, process, tmp_path):
-    def gradients(size):
-        run = fine(checkpoint, rows, tmp_path / str(size), f"micro_questions={size}")
+    def gradients(budget):
+        run = fine(checkpoint, rows, tmp_path / str(budget), f"micro_tokens={budget}")
         kept = {}
 
         def keep(rate):
@@ -136,7 +136,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(checkpoint, rows, process
         loss = run.step(0)["loss"]
         return loss, kept
 
-    (one, first), (whole, second) = gradients(1), gradients(4)
+    (one, first), (whole, second) = gradients(1), gradients("null")
     assert one == pytest.approx(whole, abs=1e-6) and first.keys() == second.keys()
     assert any(g.abs().max() > 1e-4 for g in first.values())
     for name in first:

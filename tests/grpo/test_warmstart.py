@@ -20,17 +20,17 @@ def plain(checkpoint):
 
 def taught(policy, questions, clip_seed, monkeypatch, steps=3):
     """Completions that the warm start trained on, and its losses. Clips differ in length."""
-    seen, losses, forward = [], [], policy.forward
+    seen, losses, prepare = [], [], policy.prepare
 
-    def watched(groups, audio):
+    def watched(groups):
         seen.extend((g.prompt.id, c.token_ids) for g in groups for c in g.completions)
-        return forward(groups, audio)
+        return prepare(groups)
 
     def encode(question):
         return policy.encode(question, make_clip(clip_seed, 0.4 + 0.2 * question.answer))
 
     with monkeypatch.context() as patch:
-        patch.setattr(policy, "forward", watched)
+        patch.setattr(policy, "prepare", watched)
         warm_start(policy, questions, encode, steps=steps, batch=2, lr=1e-2, seed=0,
                    report=lambda step, loss: losses.append(loss))  # fmt: skip
     return seen, losses

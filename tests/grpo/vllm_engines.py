@@ -45,7 +45,7 @@ def questions(policy):
 @torch.no_grad()
 def gap(policy, groups):
     """max |log-prob(engine) - log-prob(trainer)| over all sampled tokens, nats."""
-    logp_NT, _ = policy(groups, policy.encode_audio([g.prompt for g in groups]))
+    logp_NT, _ = policy(policy.prepare(groups))
     rows = zip(logp_NT.tolist(), [c for g in groups for c in g.completions], strict=True)
     gaps = [abs(a - b) for row, c in rows for a, b in zip(row, c.sampler_logp, strict=False)]
     return max(gaps) if all(map(math.isfinite, gaps)) else math.inf

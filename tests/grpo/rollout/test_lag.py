@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo.batch import Completion, Encoded, Group
+from grpo.collect import Earned
 from grpo.config import ConfigError
 from grpo.rollout import RolloutError
 from grpo.rollout import lag as lag_module
@@ -34,24 +35,28 @@ class Recorder:
     def __init__(self):
         self.version, self.log, self.go, self.hold, self.fails = 0, [], threading.Event(), set(), set()
 
-    def generate(self, prompts, copies, sampling):
+    def generate(self, prompts, copies, sampling, done):
         if sampling.step in self.hold:
             assert self.go.wait(60)
         if sampling.step in self.fails:
             raise RolloutError("gone")
         self.log.append((sampling.step, self.version))
         made = [Completion((7, sampling.step, i), (-0.5, -1 / 3, -1e-9), "text", i == 1, self.version) for i in (0, 1)]
-        return [Group(p, tuple(made)) for p in prompts]
+        groups = [Group(p, tuple(made)) for p in prompts]
+        for place, group in enumerate(groups):
+            done(place, group)
+        return groups
 
 
 @pytest.fixture
 def run(monkeypatch):
     prompts = [Encoded(name, None, None, "") for name in ("a", "b")]
     monkeypatch.setattr(lag_module, "load_questions", lambda run, step, asked=(): ([f"{step}a", f"{step}b"], prompts))
+    monkeypatch.setattr(lag_module, "score", lambda rewards, question, group: Earned(question, group, [], []))
     return SimpleNamespace(
         rollout=Recorder(), engine=Engine(), clock=lambda stage: nullcontext(), version=0,
         settings=SimpleNamespace(generations=2, max_tokens=8, seed=0, steps=STEPS),
-        policy=SimpleNamespace(decode=lambda ids: "text"),
+        policy=SimpleNamespace(decode=lambda ids: "text"), rewards=None,
     )  # fmt: skip
 
 
@@ -59,9 +64,9 @@ def train(run, rollouts, first=0, last=STEPS):
     """A loop's order of calls: take, update, settle, sync."""
     seen = []
     for step in range(first, last):
-        questions, groups = rollouts.take(step)
-        assert questions == [f"{step}a", f"{step}b"]
-        seen.append((step, {c.version for g in groups for c in g.completions}))
+        earned = rollouts.take(step)
+        assert [e.question for e in earned] == [f"{step}a", f"{step}b"]
+        seen.append((step, {c.version for e in earned for c in e.group.completions}))
         run.version += 1
         rollouts.settle()
         run.rollout.version = run.version
@@ -117,7 +122,7 @@ def test_weights_that_changed_under_a_rollout_are_refused(run):
     rollouts.take(0)
     run.rollout.version = 9
     rollouts.settle()
-    rollouts.asked = lag_module.Asked(1, [], 8, rollouts.asked.groups)
+    rollouts.asked = lag_module.Asked(1, [], 8, rollouts.asked.groups, {})
     with pytest.raises(RuntimeError, match=r"step 1: completions of weights version \{.*\}, expected 8"):
         rollouts.take(1)
 
@@ -130,8 +135,8 @@ def test_what_waits_survives_a_checkpoint(run):
     again = Rollouts(run, 1)
     again.load_state(3, saved)
     run.rollout.log.clear()
-    questions, groups = again.take(3)
-    assert groups == waiting and questions == ["3a", "3b"]
+    earned = again.take(3)
+    assert [e.group for e in earned] == waiting and [e.question for e in earned] == ["3a", "3b"]
     again.settle()
     assert run.rollout.log == [(4, 3)]  # step 3 was not sampled again
 
@@ -153,7 +158,7 @@ def test_a_failed_rollout_shows_where_its_groups_are_wanted(run):
     with pytest.raises(RolloutError, match="gone"):
         rollouts.take(2)
     run.rollout.fails = set()
-    assert rollouts.take(2)[1][0].completions[0].version == 2  # asked again, with the weights of now
+    assert rollouts.take(2)[0].group.completions[0].version == 2  # asked again, with the weights of now
 
 
 def test_engines_that_cannot_are_refused(run):

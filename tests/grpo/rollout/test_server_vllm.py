@@ -57,7 +57,7 @@ def turn(policy, seed: int, size: float = 0.1) -> None:
 @torch.no_grad()
 def gap(policy, groups, scores=None) -> float:
     """Largest difference of the sampler's (or the given) log-probs to the trainer's."""
-    logp_NT, _ = policy(groups, policy.encode_audio([g.prompt for g in groups]))
+    logp_NT, _ = policy(policy.prepare(groups))
     theirs = [c.sampler_logp for g in groups for c in g.completions]
     theirs = theirs if scores is None else [row for group in scores for row in group]
     return max(abs(a - b) for row, other in zip(logp_NT.tolist(), theirs, strict=True) for a, b in zip(row, other))  # noqa: B905

@@ -34,7 +34,7 @@ def steps(checkpoint, strategy: str, stage: int) -> list[dict]:
         groups = rollout.generate(mine, COPIES, Sampling(10, step=version))
         sampled = [[list(c.token_ids) for c in g.completions] for g in groups]
         n_tokens = engine.reduce({"n": sum(len(ids) for group in sampled for ids in group)})["n"]
-        logp_NT, _ = engine(groups, policy.encode_audio(mine))
+        logp_NT, _ = engine(policy.prepare(groups))
         sign_N1 = torch.tensor([1.0, -1.0] * share)[:, None]
         loss = (sign_N1 * logp_NT).sum() / n_tokens
         engine.backward(loss)
@@ -56,10 +56,10 @@ def engine_as_policy(engine, policy):
     """The policy's forward through the hooks that gather ZeRO-3's partitions."""
 
     class Through:
-        encode_audio = staticmethod(policy.encode_audio)
+        prepare = staticmethod(policy.prepare)
 
-        def __call__(self, groups, audio):
-            return engine(groups, audio)
+        def __call__(self, batch):
+            return engine(batch)
 
     return Through()
 

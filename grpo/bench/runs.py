@@ -1,4 +1,4 @@
-"""Seconds a step of whole runs, by stage and as ratios: `make bench` here, `make bench-gpu` at the true 7B shapes.
+"""Seconds a step of whole runs, by stage and as ratios: of every rollout engine, here or at the true 7B shapes.
 
 Every case is `python -m grpo.train` in a process of its own. The cases take turns, `rounds` times, so that a machine
 that slows down slows all of them; a figure is the median over the steps of all rounds, after `skip` steps of each.
@@ -6,7 +6,6 @@ that slows down slows all of them; a figure is the median over the steps of all 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -26,8 +25,18 @@ HERE = {
     "vllm_server lag=1": ["rollout=vllm_server", "rollout.lag=1"],
 }
 # Published shapes of a step: 2 questions a device, 6 completions, at most 512 tokens; clips of 10 s.
-REAL = ["model=qwen2_5_omni_7b", "optim=published", "questions=2", "micro_questions=2", "generations=6",
+REAL = ["model=qwen2_5_omni_7b", "optim=published", "questions=2", "generations=6",
         "max_tokens=512", "data.train.count=64", "think_words=25"]  # fmt: skip
+
+
+def real(cache: Path) -> list[str]:
+    """What makes a run one of the 7B model with random weights."""
+    from grpo.tiny import random_checkpoint
+
+    random_checkpoint(cache / "random-7b")
+    return [*REAL, f"model.path={cache / 'random-7b'}"]
+
+
 GPU = {
     "vllm delta": ["rollout=vllm", "rollout.kv_cache_gib=8", "rollout.gpu_memory=0.5"],
     "vllm adapter": ["rollout=vllm", "rollout.kv_cache_gib=8", "rollout.gpu_memory=0.5", "sync=adapter"],
@@ -70,35 +79,3 @@ def table(times: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         cells = [f"{m:.3g} ({a:.3g} to {b:.3g})" for m, a, b in (stages[s] for s in STAGES)]
         lines.append(f"| {name} | {' | '.join(cells)} | {stages['step_time'][0] / first:.2f} |")
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="grpo.bench", description=__doc__)
-    parser.add_argument("--gpu", action="store_true", help="random weights of Qwen2.5-Omni-7B's size, on this GPU")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="of each run")
-    parser.add_argument("--skip", type=int, default=3, help="first steps of each run, which also fill caches")
-    parser.add_argument("--only", nargs="*", help="cases by name")
-    parser.add_argument("overrides", nargs="*", help="for every run, as generations=4")
-    args = parser.parse_intermixed_args()
-    cases = GPU if args.gpu else HERE
-    if odd := [name for name in args.only or () if name not in cases]:
-        parser.error(f"there is no case {odd[0]!r}: {', '.join(cases)}")
-    cases = {name: words for name, words in cases.items() if not args.only or name in args.only}
-    shared = [f"steps={args.steps}", *LONG]
-    if args.gpu:
-        import torch
-
-        if not torch.cuda.is_available():
-            return print("skipped: no CUDA device here. `make bench` measures a tiny model on a CPU")
-        from grpo.tiny import random_checkpoint
-
-        folder = Path(".cache/random-7b").absolute()
-        random_checkpoint(folder)
-        shared += [*REAL, f"model.path={folder}"]
-        print(torch.cuda.get_device_name())
-    print(table(measure(cases, [*shared, *args.overrides], rounds=args.rounds, skip=args.skip)))
-
-
-if __name__ == "__main__":
-    main()
