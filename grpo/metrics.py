@@ -17,8 +17,8 @@ MEANING = {
     "reward": "weighted sum of the reward components, mean over the step's completions",
     "reward_std": "std of the reward within a group (sample std), mean over groups",
     "frac_reward_zero_std": "share of groups whose completions all have the same reward: they teach nothing",
-    "frac_groups_trained": "share of groups that were computed on: those without advantage rest where the loss says nothing \
-of them (beta=0); per-token metrics are of the others",
+    "frac_groups_trained": "share of groups that were computed on: those without advantage rest where the loss says \
+nothing of them (beta=0); per-token metrics are of the others",
     "frac_all_right": "share of groups whose completions are all right by the reward `accuracy`",
     "frac_all_wrong": "share of groups of which none is",
     "rewards/<name>/mean": "one reward component before its weight, mean over completions",

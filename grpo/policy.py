@@ -1,7 +1,8 @@
 """The policy: Qwen2.5-Omni's Thinker with LoRA. The only door to transformers and peft (with grpo/tiny.py).
 
 A group's prompt, its audio included, is computed once for all of its completions (grpo/packing.py, grpo/attention.py).
-`forward="separate"` puts every completion in a row of its own with transformers' own attention: same numbers, more work.
+`forward="separate"` puts every completion in a row of its own with transformers' own attention: same numbers, more
+work.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ AttentionMaskInterface.register("prefix", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 @dataclass(frozen=True)
 class Prepared:
-    """A micro-batch laid out and embedded, on the policy's device: made once, used by reference, policy and all updates.
+    """A micro-batch laid out and embedded, on the policy's device: made once, for reference, policy and all updates.
 
     `embeds` is None where embeddings are trained: then every forward pass makes its own from `audio`.
     """
@@ -196,7 +197,7 @@ class Policy(nn.Module):
         return self.thinker.get_audio_features(mel, mask).last_hidden_state
 
     def _most(self, count: int) -> int:
-        """The largest `count` of all ranks where a forward pass needs all of them (ZeRO-3 gathers the tower's weights)."""
+        """The largest `count` of all ranks where a forward pass needs them all (ZeRO-3 gathers the tower's weights)."""
         if self._zero3 is None or not torch.distributed.is_initialized():
             return count
         counts = torch.tensor([count], device=self.device)

@@ -24,8 +24,8 @@ HEAD = """# Performance
 
 Written by `make bench` on {machine}. Every line compares things that ran in turns in one process; ratios are
 medians of the rounds with the least and the most. An update is what follows a rollout: reference forward, policy
-forward and backward. The model has 7B's proportions at hidden size 512 with 6 layers (audio tower and vocabulary a tenth of the
-layers' work each) and random weights. What a GPU does: `make bench-gpu`.
+forward and backward. The model has 7B's proportions at hidden size 512 with 6 layers (audio tower and vocabulary a
+tenth of the layers' work each) and random weights. What a GPU does: `make bench-gpu`.
 """
 MIB = 2**20
 

@@ -174,7 +174,7 @@ class VLLMRollout:
         engine = self.llm.llm_engine
         with _numbers_kept():
             names = self.llm.enqueue(requests, settings, use_tqdm=False, lora_request=self.adapter)
-        places = {name: place for place, name in enumerate(names)}
+        places = {name.partition("-")[0]: place for place, name in enumerate(names)}  # behind it, letters by chance
         while places:
             with _numbers_kept():
                 answers = [out for out in engine.step() if out.finished]

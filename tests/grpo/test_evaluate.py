@@ -32,9 +32,10 @@ def bench(tmp_path_factory):
 
 
 def run(checkpoint, bench, folder, *words, prompt="short"):
+    words = [f"prompt={prompt}", *words] if prompt else words
     with initialize_config_module("conf", version_base="1.3"):
         cfg = compose("evaluate", lists([
-            f"model={checkpoint}", "bench=heldout", f"bench.heldout.path={bench}", *([f"prompt={prompt}"] if prompt else []), "max_tokens=8",
+            f"model={checkpoint}", "bench=heldout", f"bench.heldout.path={bench}", "max_tokens=8",
             "batch=4", *words,
         ]))  # fmt: skip
     OmegaConf.resolve(cfg)
