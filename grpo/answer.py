@@ -44,7 +44,7 @@ class Listener:
         self.prompt_hash = prompt_hash(policy)
 
     def answers(self, questions: Iterable[Question]) -> Iterator[dict]:
-        """A record for each question, in order. What cannot be heard is a record too (state audio_error)."""
+        """A record for each question, in order. What cannot be heard is a record too (state audio error)."""
         waiting: list[tuple[Question, list[Question] | str]] = []
         for question in questions:
             try:
@@ -61,7 +61,7 @@ class Listener:
         said = iter(predict(asked, self._encode, self.rollout, sampling=self.sampling, batch=self.batch))
         for question, found in waiting:
             if isinstance(found, str):
-                heard = [Answer(question, "audio_error", problem=found)]
+                heard = [Answer(question, "audio error", problem=found)]
             else:
                 heard = [next(said) for _ in found]
             yield record(question, heard) | {"model": self.name, "prompt_hash": self.prompt_hash}
@@ -113,7 +113,7 @@ def record(question: Question, heard: Sequence[Answer]) -> dict:
     """What is printed of one question: of a clip in parts, the option that most parts name."""
     votes = Counter(a.choice for a in heard if a.choice is not None)
     chosen = max(votes, key=votes.__getitem__) if votes else None  # of equals the one named first
-    shown = next((a for a in heard if a.choice == chosen and a.state != "audio_error"), heard[0])
+    shown = next((a for a in heard if a.choice == chosen and a.state != "audio error"), heard[0])
     row = {
         "id": question.id, "audio": str(question.audio), "start": question.start, "end": question.end,
         "question": question.question, "choices": list(question.choices),

@@ -11,6 +11,7 @@ from pathlib import Path
 from data.audio import load
 from data.manifest import Problem, read
 from data.question import Clip, Question
+from data.scoring import RULES
 from grpo.config import ConfigError
 
 KEYS = {"path": str, "root": str, "rule": str, "items": int, "min_seconds": float, "max_seconds": float}
@@ -59,6 +60,8 @@ def open_benchmark(name: str, spec: Mapping) -> Benchmark:
                           f"bench.{name}.path (or BENCH_DIR, the folder of them all)") from error  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"bench.{name}: {error}") from error
+    if spec["rule"] not in RULES:
+        raise ConfigError(f"bench.{name}.rule={spec['rule']}: there is no such rule, only {', '.join(RULES)}")
     limits = {k: float(spec[k]) for k in ("min_seconds", "max_seconds") if spec.get(k) is not None}
     return Benchmark(
         name, path, hashlib.sha256(path.read_bytes()).hexdigest(), spec["rule"], spec.get("items"), manifest.questions,

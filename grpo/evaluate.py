@@ -186,8 +186,8 @@ def row_of(bench, answer, order: Sequence[int]) -> dict:
         "letter": None if answer.choice is None else ascii_uppercase[answer.choice],
         "gold": order[q.answer], "gold_letter": ascii_uppercase[q.answer],
         "strict": answer.right,
-        "official": official(text, q.choices, q.gold, bench.rule),
-        "official_verbatim": official(answer.answer or "", q.choices, q.gold, bench.rule),
+        "official": official(text, q.choices, q.answer, bench.rule),
+        "official_verbatim": official(answer.answer or "", q.choices, q.answer, bench.rule),
         "tokens": answer.tokens, "prompt_tokens": answer.prompt_tokens, "truncated": answer.truncated,
         "problem": answer.problem, "meta": bench.meta.get(q.id, {}),
     }  # fmt: skip
@@ -195,7 +195,7 @@ def row_of(bench, answer, order: Sequence[int]) -> dict:
 
 def official_text(answer, rule: str) -> str:
     """What the official scorer is given: the chosen option's bare text, or its letter where the rule reads letters."""
-    if rule in ("mmsu", "airbench") and answer.choice is not None:
+    if rule in ("mmsu", "air_bench") and answer.choice is not None:
         return ascii_uppercase[answer.choice]
     return answer.bare
 
@@ -220,7 +220,7 @@ def keep_whole(path: Path) -> dict[str, dict]:
             row = json.loads(line)
         except ValueError:
             continue
-        if row["state"] != "bad_row":
+        if row["state"] != "bad row":
             rows[row["id"]] = row
     write_lines(path, rows.values())
     return rows
@@ -245,7 +245,7 @@ def _bad_row(bench, problem) -> dict:
                            "letter", "gold", "gold_letter"))  # fmt: skip
     return empty | {
         "id": problem.id or f"line {problem.line}", "bench": bench.name, "clip_sha256": "", "choices": [], "order": [],
-        "completion": "", "prediction": "", "state": "bad_row", "strict": False, "official": False,
+        "completion": "", "prediction": "", "state": "bad row", "strict": False, "official": False,
         "official_verbatim": False, "tokens": 0, "prompt_tokens": 0, "truncated": False,
         "problem": f"{problem.file}:{problem.line} {problem.reason}: {problem.message}", "meta": {},
     }  # fmt: skip

@@ -1,27 +1,21 @@
 """Questions in, judged answers out: the one path of the loop's held-out accuracy, grpo.evaluate, answer and demo.
 
-An answer is one completion a question, greedy unless asked otherwise, read by the same rule that rewards it
-(rewards/accuracy.py). Every question gets an Answer, whatever went wrong with it: the denominator is fixed.
+An answer is one completion a question, greedy unless asked otherwise, read by the strict rule (data/scoring.py). Every
+question gets an Answer, whatever went wrong with it: the denominator is fixed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from string import ascii_uppercase
 
 from data.audio import ClipError
 from data.question import Question
+from data.scoring import options_named
 from grpo.rollout import Rollout, RolloutError, Sampling
-from rewards.accuracy import choice
 from rewards.tags import parse
-
-# How an answer was read, from best to worst.
-STATES = ("ok", "no_tag", "not_a_choice", "ambiguous", "truncated", "audio_error")
-LETTERED = re.compile(r"\W*([A-Za-z])\b[.):]")
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class Answer:
     """One answered question. `choice` is None unless `state` is ok."""
 
     question: Question
-    state: str  # one of STATES
+    state: str  # one of data.scoring.STATES
     choice: int | None = None  # index into the choices in the order in which they were shown
     text: str = ""  # the whole completion
     think: str | None = None
@@ -44,7 +38,8 @@ class Answer:
     @property
     def right(self) -> bool:
         """By the strict rule: the option that the answer names is the gold one."""
-        return self.choice is not None and self.choice == self.question.answer
+        q = self.question
+        return self.choice is not None and q.answer >= 0 and q.choices[self.choice] == q.gold
 
     @property
     def bare(self) -> str:
@@ -53,29 +48,20 @@ class Answer:
 
 
 def read(question: Question, text: str, *, truncated: bool = False, **facts) -> Answer:
-    """A completion as an Answer. It is right exactly where the reward `accuracy` pays for it."""
-    tags = parse(text)
+    """A completion as an Answer, by the strict rule of data/scoring.py. Answer blocks that disagree are ambiguous."""
+    tags, choices = parse(text), question.choices
     answers = list(dict.fromkeys(tags.blocks["answer"]))
-    named = [choice(a, question.choices) for a in answers]
+    named = [options_named(a, choices) for a in answers]
+    texts = {choices[i] for found in named for i in found}  # an option printed twice is one option
     if not answers:
-        state = "truncated" if truncated else "no_tag"
-    elif None not in named and len(set(named)) == 1:
-        state = "ok"
-    elif len(set(named)) > 1 or _names_two(answers[0], question.choices):
-        state = "ambiguous"
+        state = "truncated" if truncated else "no tag"
+    elif not texts:
+        state = "not a choice"
     else:
-        state = "not_a_choice"
-    return Answer(question, state, named[0] if state == "ok" else None, text, tags.think, tags.semantic_elements,
-                  tags.answer, truncated=truncated, **facts)  # fmt: skip
-
-
-def _names_two(answer: str, choices: Sequence[str]) -> bool:
-    """Whether an answer that is no single option holds two: a letter and another's text, or two texts."""
-    folded = answer.casefold()
-    named = {i for i, text in enumerate(choices) if text.casefold() in folded}
-    if label := LETTERED.match(answer):
-        named |= {ascii_uppercase.index(label[1].upper())} & set(range(len(choices)))
-    return len(named) > 1
+        state = "ok" if len(texts) == 1 and all(named) else "ambiguous"
+    choice = min(named[0]) if state == "ok" else None
+    return Answer(question, state, choice, text, tags.think, tags.semantic_elements, tags.answer, truncated=truncated,
+                  **facts)  # fmt: skip
 
 
 def predict(questions: Sequence[Question], encode: Callable, rollout: Rollout, *, sampling: Sampling,
@@ -96,7 +82,7 @@ def predict(questions: Sequence[Question], encode: Callable, rollout: Rollout, *
         by_place = dict(zip(encoded, groups, strict=True))
         for at, question in enumerate(part):
             if at in problems:
-                yield Answer(question, "audio_error", problem=problems[at])
+                yield Answer(question, "audio error", problem=problems[at])
                 continue
             prompt, (said,) = by_place[at].prompt, by_place[at].completions
             yield read(question, said.text, truncated=said.truncated, tokens=len(said.token_ids),

@@ -73,7 +73,7 @@ def ask_server(url: str, model: str | Path | None, question: Question, *, max_to
     try:
         clip = load(question.audio, start=question.start, end=question.end, min_seconds=MIN_SECONDS)
     except ClipError as error:
-        return record(question, [Answer(question, "audio_error", problem=f"{error.reason}: {error}")])
+        return record(question, [Answer(question, "audio error", problem=f"{error.reason}: {error}")])
     body = {"model": NAME, "messages": messages(prompt, question, clip), "temperature": 0,
             "max_tokens": max_tokens or found.max_tokens or 512}  # fmt: skip
     said_by = request(url, body, os.environ.get(TOKEN))

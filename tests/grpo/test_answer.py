@@ -58,8 +58,8 @@ def test_the_option_of_most_parts_is_the_answer(tmp_path):
     assert (row["option"], row["letter"], row["index"]) == ("b", "B", 1)
     assert [p["option"] for p in row["parts"]] == ["c", "b", None, "b"]
     assert record(q, heard[:2])["option"] == "c"  # a tie: the earlier
-    assert "0 to 1 s: c" in show(row) and "2 to 3 s: no_tag" in show(row)
-    lost = record(q, [Answer(q, "audio_error", problem="missing: x.wav")])
+    assert "0 to 1 s: c" in show(row) and "2 to 3 s: no tag" in show(row)
+    lost = record(q, [Answer(q, "audio error", problem="missing: x.wav")])
     assert lost["option"] is None and "missing: x.wav" in show(lost)
 
 
@@ -88,7 +88,7 @@ def test_a_manifest_is_resumed(policy, tmp_path, monkeypatch):
     text = (tmp_path / "out.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     assert [r["id"] for r in rows] == [f"q{i}" for i in range(5)]
-    assert rows[3]["state"] == "audio_error" and [len(r.get("parts", [1])) for r in rows] == [1, 1, 1, 1, 2]
+    assert rows[3]["state"] == "audio error" and [len(r.get("parts", [1])) for r in rows] == [1, 1, 1, 1, 2]
     (tmp_path / "out.jsonl").write_text(text[: text.index('{"id": "q2"') + 20])
     asked = []
     monkeypatch.setattr(listener, "_encode", lambda p, real=listener._encode: asked.append(p.id) or real(p))
@@ -103,6 +103,6 @@ def test_the_command(checkpoint, tmp_path, capsys):
     words = [clip, "What?", "--choices", "dog", "rain", "--model", str(checkpoint), "--max-tokens", "4"]
     assert main([*words, "--prompt", "short", "--json"]) == 1
     row = json.loads(capsys.readouterr().out)
-    assert row["state"] in ("truncated", "no_tag") and len(row["prompt_hash"]) == 12
+    assert row["state"] in ("truncated", "no tag") and len(row["prompt_hash"]) == 12
     assert main(words) == 2 and "does not say which prompt" in capsys.readouterr().err
     assert main([*words[:-4], "--model", "nowhere"]) == 2 and "no model nowhere" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_every_item_is_there(whole):
     rows = lines(folder / "heldout" / "predictions.jsonl")
     assert [r["id"] for r in rows] == [*(f"q{i}" for i in range(6)), "bad"]
     states = {r["id"]: r["state"] for r in rows}
-    assert (states["q4"], states["bad"]) == ("audio_error", "bad_row") and "missing" in rows[4]["problem"]
+    assert (states["q4"], states["bad"]) == ("audio error", "bad row") and "missing" in rows[4]["problem"]
     figures = metrics["benches"]["heldout"]
     assert figures["total"]["strict"]["n"] == figures["total"]["official"]["n"] == 7
     assert set(figures["probes"]) == {"silent", "no_audio", "shuffled", "permuted", "always_a"}

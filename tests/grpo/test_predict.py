@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from data.audio import ClipError
+from data.scoring import STATES
 from grpo.batch import Completion, Encoded, Group
-from grpo.predict import STATES, heldout_accuracy, predict, prompt_hash, read, spread
+from grpo.predict import heldout_accuracy, predict, prompt_hash, read, spread
 from grpo.rollout import Sampling
 from rewards.accuracy import accuracy
 from tests.conftest import CHOICES, OneRank, make_question
@@ -39,12 +40,12 @@ def encode(question):
         ("<answer>B</answer>", "ok", 1),
         ("<answer>B. rain</answer>", "ok", 1),
         ("<answer>dog</answer>", "ok", 0),
-        ("rain", "no_tag", None),
-        ("<answer>rain", "no_tag", None),
-        ("<answer>cat</answer>", "not_a_choice", None),
-        ("<answer></answer>", "not_a_choice", None),
+        ("rain", "no tag", None),
+        ("<answer>rain", "no tag", None),
+        ("<answer>cat</answer>", "not a choice", None),
+        ("<answer></answer>", "not a choice", None),
         ("<answer>A. rain</answer>", "ambiguous", None),
-        ("<answer>dog or rain</answer>", "ambiguous", None),
+        ("<answer>dog or rain</answer>", "not a choice", None),
         ("<answer>dog</answer><answer>rain</answer>", "ambiguous", None),
         ("<answer>rain</answer><answer>B</answer>", "ok", 1),
     ],
@@ -93,7 +94,7 @@ def test_what_cannot_be_heard_is_wrong_and_stays():
 
     answers = list(predict(QUESTIONS, broken, Rollout(), sampling=Sampling(9, greedy=True), batch=2))
     assert [a.question.id for a in answers] == list("01234")
-    assert [a.state for a in answers] == ["audio_error", "ok", "ok", "audio_error", "ok"]
+    assert [a.state for a in answers] == ["audio error", "ok", "ok", "audio error", "ok"]
     assert answers[0].problem == "missing: x.wav: no such file" and not answers[0].right
     assert heldout_accuracy(QUESTIONS, broken, Rollout(), OneRank(), max_tokens=9) == 2 / 5
 

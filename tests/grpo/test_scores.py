@@ -48,14 +48,14 @@ def test_consistency_and_correctness():
 def test_summary_and_table():
     rows = [
         row("a", True, meta={"task": "sound", "category": ["Reasoning"]}),
-        row("b", False, meta={"task": "music", "difficulty": "hard"}, state="no_tag", think=None, letter=None),
+        row("b", False, meta={"task": "music", "difficulty": "hard"}, state="no tag", think=None, letter=None),
         row("c", False, meta={"task": "music|x"}, tokens=6),
     ]
     figures = summary(rows)
     assert figures["total"]["strict"]["n"] == 3 and figures["total"]["strict"]["accuracy"] == pytest.approx(1 / 3)
     assert figures["groups"]["task"]["sound"]["strict"]["right"] == 1
     assert figures["groups"]["category"]["Reasoning"]["official"]["n"] == 1
-    assert figures["states"] == {"ok": 2, "no_tag": 1} and (figures["think_words"], figures["tokens"]) == (2, 4)
+    assert figures["states"] == {"ok": 2, "no tag": 1} and (figures["think_words"], figures["tokens"]) == (2, 4)
     assert figures["chosen"] == {"A": 2, "none": 1}
     text = "\n".join(table("toy", figures | {"against": {"strict": paired(rows, rows, "strict")}}))
     assert "| all |  | 3 | 0.333 | 0.061 to 0.792 |" in text and "music/x" in text and "p = 1" in text
