@@ -25,7 +25,7 @@ LABEL = re.compile(
 def token_sets(prediction: str, choices: Sequence[str], answer: int) -> bool:
     """MMAU's rule, MMAR's too, on sets of words W(s): the maximal runs of Unicode word characters in lower case.
 
-        right = W(p) not empty,  W(gold) within W(p),  and  W(p) shares nothing with  U { W(c) - W(gold) : W(c) != W(gold) }
+        right = W(p) not empty, W(gold) within W(p), and W(p) disjoint from U { W(c) - W(gold) : W(c) != W(gold) }
 
     Traps: letters count as words, so "A. dog" fails where a wrong option says "a"; a letter alone is nearly always
     wrong; options with the same words in another order cannot be told apart. Source: Sakshi113/MMAU @110127f.
@@ -38,8 +38,9 @@ def token_sets(prediction: str, choices: Sequence[str], answer: int) -> bool:
 def first_letter(prediction: str, choices: Sequence[str], answer: int) -> bool:
     """MMSU's rule: a first character A to D, else such a second to last one, names the option.
 
-    Options with the gold's text are all right. Traps: "Dog" is D. Departure: where the published code falls through to
-    the letter of the item before (an empty answer, "None"), this one says wrong. Source: dingdongwang/MMSU_Bench @f0ef334.
+    Options with the gold's text are all right. Trap: "Dog" is D. Departure: where the published code falls through to
+    the letter of the item before (an empty answer, "None"), this one says wrong.
+    Source: dingdongwang/MMSU_Bench @f0ef334.
     """
     named = _letter(prediction)
     return named is not None and choices[named : named + 1] == choices[answer : answer + 1]
@@ -54,8 +55,8 @@ def first_letter_alone(prediction: str, choices: Sequence[str], answer: int) -> 
 
 
 def letter_or_containment(prediction: str, choices: Sequence[str], answer: int) -> bool:
-    """MuChoMusic's rule, on what follows the last "The correct answer is:": if exactly one of the capitals A to D occurs
-    as a character, that option, else the first option that the text contains.
+    """MuChoMusic's rule, on what follows the last "The correct answer is:": if exactly one of the capitals A to D
+    occurs as a character, that option, else the first option that the text contains.
 
     Trap: "Drums" is D, the capitals of words count. Source: mulab-mir/muchomusic @d3c9a42.
     """
@@ -89,7 +90,7 @@ RULES: dict[str, Callable[[str, Sequence[str], int], bool]] = {
 
 
 def official(prediction: str, choices: Sequence[str], answer: int, benchmark: str) -> bool:
-    """The published rule of `benchmark` (a name of RULES). Raises ValueError for another name or a gold out of range."""
+    """The published rule of `benchmark`, a name of RULES. Raises ValueError for another name or a gold out of range."""
     if benchmark not in RULES:
         raise ValueError(f"no published rule for benchmark {benchmark!r}; there are {', '.join(RULES)}")
     _check_gold(choices, answer)
@@ -121,10 +122,10 @@ def strict(prediction: str | None, choices: Sequence[str], answer: int, *, trunc
 def options_named(text: str, choices: Sequence[str]) -> set[int]:
     """Indices of the options that an answer may mean: one if it is clear, several if not, none if it names none.
 
-    It names an option by text, by letter ("B", "(b)", "Option B.") or both ("B. dog"), compared after Unicode NFKC, case
-    folding and collapsing of white space, without outer quotes, emphasis and closing punctuation. The exact text beats
-    the folded one ("us" and "US" stay apart), a text beats a letter, and a letter whose text is another option's
-    means both.
+    It names an option by text, by letter ("B", "(b)", "Option B.") or both ("B. dog"), compared after Unicode NFKC,
+    case folding and collapsing of white space, without outer quotes, emphasis and closing punctuation. The exact text
+    beats the folded one ("us" and "US" stay apart), a text beats a letter, and a letter whose text is another
+    option's means both.
     """
     if len(text) > LONGEST_ANSWER:
         return set()
