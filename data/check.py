@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from data.audio import ClipError, check_header, load
+from data.audio import ClipError, check_header, decode
 from data.manifest import Manifest, Problem, read
 from data.question import Question
 
@@ -43,14 +43,15 @@ class Seen:
 
 def examine(question: Question, *, fast: bool, max_seconds: float) -> Seen:
     """Look at one clip: all of it, or only its header when `fast`."""
-    stretch = {"start": question.start, "end": question.end, "max_seconds": max_seconds}
+    stretch = {"span": question.span, "start": question.start, "end": question.end, "max_seconds": max_seconds}
     try:
-        info = check_header(question.audio, **stretch)
         if fast:
+            info = check_header(question.audio, **stretch)
             end = info.duration if question.end is None else min(question.end, info.duration)
             seconds = end - (question.start or 0.0)
         else:
-            seconds = load(question.audio, **stretch).seconds
+            clip, info = decode(question.audio, **stretch)
+            seconds = clip.seconds
         return Seen(seconds=seconds, hz=info.samplerate, channels=info.channels)
     except ClipError as error:
         return Seen(error.reason, str(error))
@@ -62,7 +63,7 @@ def examine_all(questions: list[Question], *, fast: bool, max_seconds: float, wo
     if fast or workers == 1 or len(questions) < POOL_FROM:
         yield from map(look, questions)
         return
-    # Not forked: a child of a process whose OpenMP threads have run waits for them for ever on its first resampling.
+    # Not forked: a child of a process with threads may wait for ever for a lock that one of them held.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(look, questions, chunksize=16)
 

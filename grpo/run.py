@@ -103,7 +103,7 @@ class Run:
         self.schedule = build(cfg.optim.schedule, "optim.schedule")
 
         self.dataset = build(cfg.data, "data")
-        self.sampler = Sampler(self.dataset.train, s.questions, s.seed)
+        self.sampler = Sampler(self.dataset.train, s.questions, s.seed, self.dataset.shuffle_options)
         if s.dynamic_sampling_rounds * s.questions > len(self.dataset.train):
             raise ConfigError(f"dynamic_sampling.rounds={s.dynamic_sampling_rounds} x questions={s.questions}, but "
                               f"there are only {len(self.dataset.train)} training questions")  # fmt: skip
