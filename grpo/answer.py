@@ -67,7 +67,14 @@ class Listener:
             yield record(question, heard) | {"model": self.name, "prompt_hash": self.prompt_hash}
 
     def _encode(self, part: Question):
-        clip = load(part.audio, start=part.start, end=part.end, min_seconds=MIN_SECONDS, max_seconds=self.window + 0.1)
+        clip = load(
+            part.audio,
+            span=part.span,
+            start=part.start,
+            end=part.end,
+            min_seconds=MIN_SECONDS,
+            max_seconds=self.window + 0.1,
+        )
         return self.policy.encode(part, clip)
 
 
@@ -98,8 +105,8 @@ def parts(question: Question, window: float) -> list[Question]:
 
     Raises ClipError where the header already says that the clip cannot be used.
     """
-    info = check_header(question.audio, start=question.start, end=question.end, min_seconds=MIN_SECONDS,
-                        max_seconds=LONGEST)  # fmt: skip
+    info = check_header(question.audio, span=question.span, start=question.start, end=question.end,
+                        min_seconds=MIN_SECONDS, max_seconds=LONGEST)  # fmt: skip
     first = question.start or 0.0
     last = info.duration if question.end is None else min(question.end, info.duration)
     count = math.ceil((last - first) / window - 1e-6)
@@ -149,7 +156,7 @@ def batch(listener: Listener, manifest: Path, out: Path) -> int:
 
     Returns the number of rows that have no option. Raises ConfigError for a manifest with bad rows.
     """
-    questions = read_manifest(manifest)
+    questions = read_manifest(manifest, hidden=True)
     if questions.problems:
         p = questions.problems[0]
         raise ConfigError(f"{len(questions.problems)} rows of {manifest} are bad, the first: line {p.line} {p.reason}: "

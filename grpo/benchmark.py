@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.audio import load
@@ -28,14 +27,13 @@ class Benchmark:
     items: int | None  # of the official release, to be told where rows are missing
     questions: Sequence[Question]
     problems: Sequence[Problem] = ()
-    meta: Mapping[str, Mapping] = field(default_factory=dict)  # question id -> what its row says beside the question
     min_seconds: float = 0.03
     max_seconds: float = 300.0
 
     def clip(self, question: Question) -> Clip:
         """The waveform of a question. Raises ClipError."""
-        return load(question.audio, start=question.start, end=question.end, min_seconds=self.min_seconds,
-                    max_seconds=self.max_seconds)  # fmt: skip
+        return load(question.audio, span=question.span, start=question.start, end=question.end,
+                    min_seconds=self.min_seconds, max_seconds=self.max_seconds)  # fmt: skip
 
 
 def benchmarks(specs: Mapping | None) -> list[Benchmark]:
@@ -54,7 +52,7 @@ def open_benchmark(name: str, spec: Mapping) -> Benchmark:
             raise ConfigError(f"bench.{name}.{key} must be given")
     path = Path(spec["path"])
     try:
-        manifest = read(path, root=spec.get("root"))
+        manifest = read(path, root=spec.get("root"), hidden=True)
     except FileNotFoundError as error:
         raise ConfigError(f"bench.{name}: there is no manifest {path}: make it with `python -m data.prepare`, or set "
                           f"bench.{name}.path (or BENCH_DIR, the folder of them all)") from error  # fmt: skip
@@ -65,20 +63,5 @@ def open_benchmark(name: str, spec: Mapping) -> Benchmark:
     limits = {k: float(spec[k]) for k in ("min_seconds", "max_seconds") if spec.get(k) is not None}
     return Benchmark(
         name, path, hashlib.sha256(path.read_bytes()).hexdigest(), spec["rule"], spec.get("items"), manifest.questions,
-        manifest.problems, row_facts(path), **limits,
+        manifest.problems, **limits,
     )  # fmt: skip
-
-
-def row_facts(path: Path) -> dict[str, dict]:
-    """`meta` of each row of a manifest, with task, source and license beside it; rows that are no JSON have none."""
-    facts = {}
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-                facts[row["id"]] = {k: row[k] for k in ("task", "source", "license") if row.get(k)} | (
-                    row["meta"] if isinstance(row.get("meta"), dict) else {}
-                )
-            except (ValueError, RecursionError, KeyError, TypeError):
-                continue
-    return facts

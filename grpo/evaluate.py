@@ -176,7 +176,7 @@ def row_of(bench, answer, order: Sequence[int]) -> dict:
     from data.scoring import official
 
     q = answer.question
-    text = official_text(answer, bench.rule)
+    text, hidden = official_text(answer, bench.rule), q.answer is None  # kept by the benchmark to itself
     return {
         "id": q.id, "bench": bench.name, "audio": str(q.audio), "start": q.start, "end": q.end,
         "clip_sha256": answer.clip_sha256, "question": q.question, "choices": list(q.choices), "order": list(order),
@@ -184,13 +184,22 @@ def row_of(bench, answer, order: Sequence[int]) -> dict:
         "answer": answer.answer, "prediction": text, "state": answer.state,
         "chosen": None if answer.choice is None else order[answer.choice],
         "letter": None if answer.choice is None else ascii_uppercase[answer.choice],
-        "gold": order[q.answer], "gold_letter": ascii_uppercase[q.answer],
+        "gold": None if hidden else order[q.answer], "gold_letter": None if hidden else ascii_uppercase[q.answer],
         "strict": answer.right,
-        "official": official(text, q.choices, q.answer, bench.rule),
-        "official_verbatim": official(answer.answer or "", q.choices, q.answer, bench.rule),
+        "official": not hidden and official(text, q.choices, q.answer, bench.rule),
+        "official_verbatim": not hidden and official(answer.answer or "", q.choices, q.answer, bench.rule),
+        "hidden": hidden,
         "tokens": answer.tokens, "prompt_tokens": answer.prompt_tokens, "truncated": answer.truncated,
-        "problem": answer.problem, "meta": bench.meta.get(q.id, {}),
+        "problem": answer.problem, "meta": facts(q),
     }  # fmt: skip
+
+
+def facts(question) -> dict:
+    """What a benchmark says of an item beside the question: its groups, and its own `meta`."""
+    said = {"task": question.task, "source": question.source, "difficulty": question.difficulty,
+            "category": question.category, "sub-category": question.subcategory}  # fmt: skip
+    meta = {k: v for k, v in (question.meta or {}).items() if k != "row"}  # as published: in the manifest already
+    return meta | {k: v for k, v in said.items() if v is not None}
 
 
 def official_text(answer, rule: str) -> str:
@@ -246,7 +255,7 @@ def _bad_row(bench, problem) -> dict:
     return empty | {
         "id": problem.id or f"line {problem.line}", "bench": bench.name, "clip_sha256": "", "choices": [], "order": [],
         "completion": "", "prediction": "", "state": "bad row", "strict": False, "official": False,
-        "official_verbatim": False, "tokens": 0, "prompt_tokens": 0, "truncated": False,
+        "official_verbatim": False, "tokens": 0, "prompt_tokens": 0, "truncated": False, "hidden": False,
         "problem": f"{problem.file}:{problem.line} {problem.reason}: {problem.message}", "meta": {},
     }  # fmt: skip
 
@@ -256,6 +265,8 @@ def _note(bench, limit: int | None) -> str:
     parts = [f"A slice of {min(limit, asked)} of {asked} items: not the benchmark's number."] if limit else []
     if bench.items and asked != bench.items:
         parts.append(f"The manifest has {asked} items, the official release {bench.items}.")
+    if hidden := sum(q.answer is None for q in bench.questions):
+        parts.append(f"{hidden} answers are withheld by the benchmark: predicted, not scored.")
     if bench.problems:
         parts.append(f"{len(bench.problems)} rows could not be used; they count as wrong.")
     return " ".join([*parts, f"Manifest {bench.sha256[:12]}, official rule {bench.rule}."])

@@ -39,7 +39,8 @@ class Answer:
     def right(self) -> bool:
         """By the strict rule: the option that the answer names is the gold one."""
         q = self.question
-        return self.choice is not None and q.answer >= 0 and q.choices[self.choice] == q.gold
+        known = q.answer is not None and q.answer >= 0  # of a question that a user asks it is not
+        return self.choice is not None and known and q.choices[self.choice] == q.gold
 
     @property
     def bare(self) -> str:

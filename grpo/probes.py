@@ -58,13 +58,13 @@ def other_clips(questions: Sequence[Question], seed: int) -> dict[str, Question]
 
     Raises ConfigError where all questions are about one clip.
     """
-    owners = {(q.audio, q.start, q.end): q for q in questions}
+    owners = {_stretch(q): q for q in questions}
     circle = list(owners)
     if len(circle) < 2:
         raise ConfigError("probes: shuffled needs questions about at least two clips")
     random.Random(seed).shuffle(circle)
     after = dict(zip(circle, [*circle[1:], circle[0]], strict=True))
-    return {q.id: owners[after[q.audio, q.start, q.end]] for q in questions}
+    return {q.id: owners[after[_stretch(q)]] for q in questions}
 
 
 def order(question: Question, seed: int, k: int) -> list[int]:
@@ -78,9 +78,14 @@ def order(question: Question, seed: int, k: int) -> list[int]:
 
 def _permuted(questions: Sequence[Question], clip: Callable, seed: int, k: int) -> Variant:
     orders = [order(q, seed, k) for q in questions]
-    shown = [replace(q, choices=tuple(q.choices[i] for i in places), answer=places.index(q.answer))
+    shown = [replace(q, choices=tuple(q.choices[i] for i in places),
+                     answer=None if q.answer is None else places.index(q.answer))
              for q, places in zip(questions, orders, strict=True)]  # fmt: skip
     return Variant(f"permuted-{k}", shown, clip, orders)
+
+
+def _stretch(q: Question) -> tuple:
+    return q.audio, q.span, q.start, q.end
 
 
 def _silence(clip: Clip) -> Clip:

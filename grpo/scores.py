@@ -35,7 +35,8 @@ def share(rows: Sequence[Mapping], rule: str) -> dict:
 
 
 def summary(rows: Sequence[Mapping]) -> dict:
-    """All figures of one benchmark: both rules in total and per group, states, lengths."""
+    """All figures of one benchmark: rules in total and per group, states, lengths. Withheld answers are not scored."""
+    rows = [row for row in rows if not row.get("hidden")]
     groups: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         for name in GROUPS:
@@ -51,7 +52,7 @@ def summary(rows: Sequence[Mapping]) -> dict:
                    for name, parts in groups.items()},
         "states": dict(Counter(row["state"] for row in rows)),
         "think_words": mean(words) if words else None,
-        "tokens": mean(row["tokens"] for row in rows) if rows else None,
+        "tokens": mean(row["tokens"] for row in rows) if rows else 0.0,
         "chosen": dict(sorted(Counter(row["letter"] or "none" for row in rows).items())),
         "gold": dict(sorted(Counter(row["gold_letter"] for row in rows if row["gold_letter"]).items())),
     }  # fmt: skip
@@ -78,8 +79,12 @@ def permuted(runs: Sequence[Sequence[Mapping]]) -> dict:
             by_id[row["id"]].append(row)
     agree = [mean(a["chosen"] is not None and a["chosen"] == b["chosen"] for a, b in combinations(rows, 2))
              for rows in by_id.values() if len(rows) > 1]  # fmt: skip
-    right = [mean(bool(row["strict"]) for row in rows) for rows in by_id.values()]
-    return {"runs": len(runs), "consistency": mean(agree) if agree else None, "correctness": mean(right)}
+    right = [mean(bool(row["strict"]) for row in rows) for rows in by_id.values() if not rows[0].get("hidden")]
+    return {
+        "runs": len(runs),
+        "consistency": mean(agree or [0.0]),
+        "correctness": mean(right or [0.0]),
+    }
 
 
 # ---------------------------------------------------------------- for people

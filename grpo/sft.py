@@ -19,7 +19,6 @@ from pathlib import Path
 from string import ascii_uppercase
 
 import hydra
-import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +27,6 @@ from omegaconf.errors import OmegaConfBaseException
 from data.question import Question
 from grpo.train import guard_packages
 
-TEXTS = {"think": ("thinking", "think"), "semantic_elements": ("semantic_elements",)}  # tag -> keys of a row's meta
 FREE_ON_RESUME = set(
     "resume stop_at name tracking checkpoint log encoded workers audio_cache micro_tokens cache engine".split()
 )
@@ -36,45 +34,41 @@ TYPES = {"epochs": float, "steps": int | None, "seed": int, "questions": int, "m
          "workers": int, "max_tokens": int, "resume": bool, "stop_at": int | None, "encoded": int}  # fmt: skip
 
 
-def target(
-    question: Question, meta: Mapping, *, tags: Sequence[str], letters: bool, missing: Mapping | None
-) -> str | None:
+def target(question: Question, *, tags: Sequence[str], letters: bool, missing: Mapping | None) -> str | None:
     """What is taught for a question; None where its row lacks a text and `missing` has none either."""
     blocks = {"answer": f"{ascii_uppercase[question.answer]}. {question.gold}" if letters else question.gold}
-    for tag, keys in TEXTS.items():
-        text = next((meta[k] for k in keys if isinstance(meta.get(k), str) and meta[k].strip()), None)
-        blocks[tag] = text if text is not None else (missing or {}).get(tag)
+    for tag, text in (("think", question.thinking), ("semantic_elements", question.semantic_elements)):
+        blocks[tag] = text if text and text.strip() else (missing or {}).get(tag)
     if any(blocks[tag] is None for tag in tags):
         return None
     return "\n".join(f"<{tag}>{blocks[tag].strip()}</{tag}>" for tag in tags)
 
 
 class Taught:
-    """The questions that have a target, with its tokens: `ids(question)` ends with the stop token.
+    """The questions that have a target; `ids(question)` are its tokens with the stop token at the end.
 
     `left_out` counts the others by reason. Raises ConfigError when more than `max_bad_fraction` are left out.
     """
 
-    def __init__(self, questions: Sequence[Question], meta: Mapping[str, Mapping], policy, *, max_tokens: int,
-                 max_bad_fraction: float, **spec):  # fmt: skip
+    def __init__(self, questions: Sequence[Question], policy, *, max_tokens: int, max_bad_fraction: float, **spec):
         from grpo.config import ConfigError
 
-        self.left_out: Counter[str] = Counter()
-        texts = {q.id: target(q, meta.get(q.id, {}), **spec) for q in questions}
+        self.policy, self.spec, self.left_out = policy, spec, Counter()
+        texts = {q.id: target(q, **spec) for q in questions}
         known = [q for q in questions if texts[q.id] is not None]
-        rows = policy.tokenizer([texts[q.id] for q in known])["input_ids"] if known else []
-        banned = set(policy.banned_ids)
-        self._ids: dict[str, np.ndarray] = {}
-        for question, ids in zip(known, rows, strict=True):
-            if len(ids) >= max_tokens:
-                self.left_out["target longer than max_tokens"] += 1
-            elif not banned.isdisjoint(ids):
-                self.left_out["target holds a special token"] += 1
-            else:
-                self._ids[question.id] = np.array([*ids, policy.stop_ids[0]], dtype=np.int32)
-        self.left_out["row without thinking or semantic_elements in its meta"] += len(questions) - len(known)
+        banned, good = set(policy.banned_ids), set()
+        for i in range(0, len(known), 1024):
+            part = known[i : i + 1024]
+            for question, ids in zip(part, policy.tokenizer([texts[q.id] for q in part])["input_ids"], strict=True):
+                if len(ids) >= max_tokens:
+                    self.left_out["target longer than max_tokens"] += 1
+                elif not banned.isdisjoint(ids):
+                    self.left_out["target holds a special token"] += 1
+                else:
+                    good.add(question.id)
+        self.left_out["row without thinking or semantic_elements"] += len(questions) - len(known)
         self.left_out = +self.left_out
-        self.questions = [q for q in questions if q.id in self._ids]
+        self.questions = [q for q in questions if q.id in good]
         if (bad := sum(self.left_out.values())) > max_bad_fraction * len(questions) or not self.questions:
             why = ", ".join(f"{n} x {reason}" for reason, n in self.left_out.items())
             raise ConfigError(f"{bad} of {len(questions)} training questions have no target ({why}), more than "
@@ -82,7 +76,8 @@ class Taught:
                               f"target.missing, target.tags or max_tokens")  # fmt: skip
 
     def ids(self, question: Question) -> tuple[int, ...]:
-        return tuple(self._ids[question.id].tolist())
+        """Of the question as it is asked: its options, and so its letter, may stand in another order every epoch."""
+        return (*self.policy.tokenizer(target(question, **self.spec))["input_ids"], self.policy.stop_ids[0])
 
 
 class Fine:
@@ -127,9 +122,9 @@ class Fine:
         self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
         self.rollout = HFRollout(self.policy)
         self.max_bad = cfg.data.get("max_bad_fraction", 0.01)
-        self.taught = Taught(self.dataset.train, _texts(cfg.data), self.policy, max_tokens=cfg.max_tokens,
+        self.taught = Taught(self.dataset.train, self.policy, max_tokens=cfg.max_tokens,
                              max_bad_fraction=self.max_bad, **OmegaConf.to_container(cfg.target))  # fmt: skip
-        self.sampler = Sampler(self.taught.questions, cfg.questions, cfg.seed)
+        self.sampler = Sampler(self.taught.questions, cfg.questions, cfg.seed, self.dataset.shuffle_options)
         self.heldout = spread(self.dataset.eval, cfg.eval.questions)
         self.steps = cfg.steps or max(1, round(cfg.epochs * len(self.taught.questions) / cfg.questions))
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
@@ -278,14 +273,6 @@ class Fine:
         self.tokens, self.quarantined = state.pop("tokens"), state.pop("quarantined")
         self.display.say(f"resumed {self.folder} after step {state['step']}")
         return state
-
-
-def _texts(data: DictConfig) -> dict[str, dict]:
-    """What the training manifest's rows say beside the question; nothing where the data are no manifest."""
-    from grpo.benchmark import row_facts
-
-    path = data.train.get("path")
-    return row_facts(Path(path)) if path else {}
 
 
 @hydra.main(config_path="pkg://conf", config_name="sft", version_base="1.3")

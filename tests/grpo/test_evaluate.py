@@ -69,6 +69,17 @@ def test_every_item_is_there(whole):
     assert metrics["settings"]["decoding"]["greedy"] and len(metrics["settings"]["prompt_hash"]) == 12
 
 
+def test_withheld_answers_are_predicted_and_not_scored(checkpoint, bench, tmp_path):
+    rows = [json.loads(line) for line in bench.read_text().splitlines()]
+    rows[0]["answer"] = None
+    hidden = bench.with_name("hidden.jsonl")
+    hidden.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    figures = run(checkpoint, hidden, tmp_path, "probes=[permuted]")["benches"]["heldout"]
+    assert figures["total"]["strict"]["n"] == 2 and "1 answers are withheld" in figures["note"]
+    first = lines(tmp_path / "heldout" / "predictions.jsonl")[0]
+    assert first["hidden"] and first["gold"] is None and not first["official"] and first["completion"]
+
+
 def test_killed_and_resumed_is_the_same(checkpoint, bench, whole, tmp_path):
     done = (whole[0] / "heldout" / "predictions.jsonl").read_text()
     run(checkpoint, bench, tmp_path)

@@ -19,34 +19,37 @@ from rewards.format import format
 from tests.conftest import make_clip, make_question
 
 SPEC = {"tags": ["think", "semantic_elements", "answer"], "letters": True, "missing": None}
-META = {"thinking": "It barks.", "semantic_elements": "dog"}
+TEXTS = {"thinking": "It barks.", "semantic_elements": "dog"}
 if not OmegaConf.has_resolver("run_name"):
     OmegaConf.register_new_resolver("run_name", run_name)
 
 
 def test_what_is_taught():
-    q = make_question("q")
-    text = target(q, META, **SPEC)
-    assert text == ("<think>It barks.</think>\n<semantic_elements>dog</semantic_elements>\n<answer>B. rain</answer>")
+    q = make_question("q", **TEXTS)
+    text = target(q, **SPEC)
+    assert text == "<think>It barks.</think>\n<semantic_elements>dog</semantic_elements>\n<answer>B. rain</answer>"
     assert format(text) == 1.0
-    assert target(q, META, **SPEC | {"letters": False}).endswith("<answer>rain</answer>")
-    assert target(q, {}, **SPEC | {"tags": ["answer"]}) == "<answer>B. rain</answer>"
-    assert target(q, {"thinking": " "}, **SPEC) is None
-    assert "<think>x</think>" in target(q, {"semantic_elements": "dog"}, **SPEC | {"missing": {"think": "x"}})
+    assert target(q, **SPEC | {"letters": False}).endswith("<answer>rain</answer>")
+    bare = make_question("q", thinking=" ", semantic_elements="dog")
+    assert target(bare, **SPEC) is None
+    assert target(bare, **SPEC | {"tags": ["answer"]}) == "<answer>B. rain</answer>"
+    assert "<think>x</think>" in target(bare, **SPEC | {"missing": {"think": "x"}})
 
 
 def test_rows_without_a_target_are_counted_and_too_many_refused(policy):
-    questions = [make_question(f"q{i}") for i in range(4)]
-    meta = {q.id: META for q in questions} | {"q1": {}, "q2": {"thinking": "so " * 400, "semantic_elements": "x"}}
-    taught = Taught(questions, meta, policy, max_tokens=200, max_bad_fraction=0.5, **SPEC)
+    odd = {1: {}, 2: TEXTS | {"thinking": "so " * 400}}
+    questions = [make_question(f"q{i}", **odd.get(i, TEXTS)) for i in range(4)]
+    taught = Taught(questions, policy, max_tokens=200, max_bad_fraction=0.5, **SPEC)
     assert [q.id for q in taught.questions] == ["q0", "q3"] and sum(taught.left_out.values()) == 2
     ids = taught.ids(questions[0])
-    assert ids[-1] in policy.stop_ids and policy.decode(ids) == target(questions[0], META, **SPEC)
+    assert ids[-1] in policy.stop_ids and policy.decode(ids) == target(questions[0], **SPEC)
+    turned = questions[0].shuffled(0, 1)
+    assert turned.answer != 1 and "<answer>B. rain" not in policy.decode(taught.ids(turned))  # the letter that is shown
     with pytest.raises(ConfigError, match=r"2 of 4 training questions have no target .*longer than max_tokens"):
-        Taught(questions, meta, policy, max_tokens=200, max_bad_fraction=0.4, **SPEC)
-    special = {q.id: META | {"thinking": "<|im_start|>"} for q in questions}
+        Taught(questions, policy, max_tokens=200, max_bad_fraction=0.4, **SPEC)
+    special = [make_question(f"q{i}", **TEXTS | {"thinking": "<|im_start|>"}) for i in range(4)]
     with pytest.raises(ConfigError, match="holds a special token"):
-        Taught(questions, special, policy, max_tokens=200, max_bad_fraction=0.4, **SPEC)
+        Taught(special, policy, max_tokens=200, max_bad_fraction=0.4, **SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +70,9 @@ def rows(tmp_path_factory):
     for i in range(10):
         clip = make_clip(i)
         soundfile.write(root / f"{i}.wav", clip.samples, clip.hz)
-        questions.append(make_question(f"q{i}", audio=root / f"{i}.wav", answer=i % 4))
+        questions.append(make_question(f"q{i}", audio=root / f"{i}.wav", answer=i % 4, **TEXTS))
     for name, part in (("train", questions[:8]), ("held", questions[8:])):
         manifest.write(root / f"{name}.jsonl", part, root)
-    lines = [json.loads(line) | {"meta": META} for line in (root / "train.jsonl").read_text().splitlines()]
-    (root / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
 
 
