@@ -3,7 +3,6 @@
 evaluations/NAME/evaluation.json           model, prompt, decoding, versions: what the numbers depend on
                  metrics.json, table.md    both rules, intervals, groups, states, probes, McNemar
                  BENCH/predictions.jsonl   a line an item, always (BENCH/silent.jsonl, ... of the probes)
-                 BENCH/submission*         the official file
 """
 
 from __future__ import annotations
@@ -68,7 +67,6 @@ def evaluate(cfg: DictConfig, folder: Path, display) -> dict:
                         variants(probe, questions, clip, seed=cfg.seed, permutations=cfg.permutations)]  # fmt: skip
                 figures["probes"][probe] = permuted(runs) if probe == "permuted" else summary(runs[0])
             figures["against"] = _compare(rows, others[bench.name])
-            _submit(folder / bench.name, bench, rows)
             results[bench.name] = figures
     finally:
         asker.close()
@@ -288,10 +286,6 @@ def _compare(rows: Sequence[Mapping], other: Sequence[Mapping] | None) -> dict:
     from grpo.scores import paired
 
     return {} if other is None else {rule: paired(rows, other, rule) for rule in ("strict", "official")}
-
-
-def _submit(folder: Path, bench, rows: Sequence[Mapping]) -> None:
-    """The benchmark's official file, where it has a form of its own."""
 
 
 def _begin(folder: Path, settings: dict, resume: bool) -> None:
