@@ -1,8 +1,8 @@
-"""AudSem's multiple-choice questions (gijs/audsem, mc_qa), text without audio, and the tar shards the reference trained on.
+"""AudSem's multiple-choice questions (gijs/audsem, mc_qa), text without audio, and the reference's tar shards.
 
-A shard's sample holds file_name, question (with its "Choices:" lines), choices, answer ("B. text"), thinking and perhaps
-semantic_elements. The published CSV has been seen by nobody here: its columns are taken to be the same, others are named
-with `--column file_name=THEIRS`.
+A shard's sample holds file_name, question (with its "Choices:" lines), choices, answer ("B. text"), thinking and
+perhaps semantic_elements. The published CSV has been seen by nobody here: its columns are taken to be the same; others
+are named with `--column file_name=THEIRS`.
 """
 
 from __future__ import annotations
