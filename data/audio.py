@@ -102,9 +102,7 @@ def _open(path: Path, span) -> str | io.BytesIO:
         if length == 0:
             raise ClipError("empty", path, "the file has no bytes")
         if length > MAX_SPAN or offset + length > size:
-            raise ClipError(
-                "truncated", path, f"no {length} bytes at {offset} in a file of {size}: cut off or rewritten"
-            )
+            raise ClipError("truncated", path, f"no {length} bytes at {offset} of {size}: cut off or rewritten")
         with path.open("rb") as file:
             file.seek(offset)
             return io.BytesIO(file.read(length))

@@ -20,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from data.audio import ClipError, check_header, decode
+from data.balance import balance
 from data.manifest import Manifest, Problem, read
 from data.question import Question
 
@@ -83,7 +84,7 @@ def summarise(manifest: Manifest, seen: list[Seen]) -> dict:
         "rows": len(manifest.questions) + len(manifest.problems),
         "ok": len(good),
         "seconds": round(sum(one.seconds for _, one in good), 3),
-        "gold": dict(sorted(Counter("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[q.answer] for q, _ in good).items())),
+        "gold": balance([(q.answer, len(q.choices)) for q, _ in good]),
         "rates": {f"{hz} Hz x {channels}": n for (hz, channels), n in
                   sorted(Counter((one.hz, one.channels) for _, one in good).items())},
         "problems": [asdict(p) for p in sorted(problems, key=lambda p: p.line)],
@@ -101,7 +102,7 @@ def show(report: dict, console: Console) -> None:
         print(_counts("reasons", Counter(p["reason"] for p in report["problems"])))
     print(f"rows    {report['rows']}, ok {report['ok']}, bad {len(report['problems'])}")
     print(f"audio   {report['seconds']:.1f} s = {report['seconds'] / 3600:.2f} h")
-    print(_counts("gold", report["gold"]))
+    print(f"gold    {report['gold']['text']}")
     print(_counts("rates", report["rates"]))
 
 

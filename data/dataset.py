@@ -33,7 +33,8 @@ class Dataset:
 
     def __init__(self, train: Iterable[Question], eval: Iterable[Question], *, audio: str = "real", hz: int = 16000,
                  min_seconds: float = 0.03, max_seconds: float = 30.0, verify: str = "decode",
-                 max_bad_fraction: float = 0.01, shuffle_options: bool = False, progress: Callable | None = None):  # fmt: skip
+                 max_bad_fraction: float = 0.01, shuffle_options: bool = False,
+                 progress: Callable | None = None):  # fmt: skip
         if audio not in ("real", "silent"):
             raise DataError(f"data.audio must be 'real' or 'silent', got {audio!r}")
         if verify not in ("decode", "header", "none"):

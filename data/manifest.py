@@ -1,5 +1,5 @@
-"""The one manifest format: JSON lines of id, audio, question, choices[], answer (index), and the optional keys of OPTIONAL
-(what they mean: data/question.py; `meta` is an object of your own). Errors name file, line and key."""
+"""The one manifest format: JSON lines of id, audio, question, choices[], answer (index), and the optional keys of
+OPTIONAL (what they mean: data/question.py; `meta` is an object of your own). Errors name file, line and key."""
 
 from __future__ import annotations
 
@@ -142,8 +142,7 @@ def question_of(row: dict, root: Path, *, hidden: bool = False) -> Question:
     _check_keys(row, hidden)
     for key in ("id", "audio", "question"):
         _check_text(key, row[key])
-    # What a benchmark printed is asked as it is: MMAU prints an option twice in 27 items.
-    _check_choices(row["choices"], twice=row.get("benchmark") is not None)
+    _check_choices(row["choices"], printed=row.get("benchmark") is not None)
     answer, n = row["answer"], len(row["choices"])
     if answer is not None and not 0 <= answer < n:
         raise RowError("answer_range", f"answer {answer} is not an index into {n} choices (0 is the first)")
@@ -187,14 +186,17 @@ def _check_text(key: str, text) -> None:
         raise RowError("bad_text", f"key {key!r}: {text!r} holds a NUL or half a surrogate pair")
 
 
-def _check_choices(choices: list, *, twice: bool) -> None:
+def _check_choices(choices: list, *, printed: bool) -> None:
+    """`printed`: a benchmark's, asked as they are. MMAU prints an option twice in 27 items, MMAR an empty one in 4."""
     for text in choices:
+        if printed and text == "":
+            continue
         _check_text("choices", text)
         if "\n" in text:
             raise RowError("line_break", f"choice {text!r} has a line break: it would look like two options")
     if not 2 <= len(choices) <= len(ascii_uppercase):
         raise RowError("num_choices", f"{len(choices)} choices: 2 to 26 are needed")
-    if not twice and len({c.strip().casefold() for c in choices}) < len(choices):
+    if not printed and len({c.strip().casefold() for c in choices}) < len(choices):
         raise RowError("duplicate_choices", "two choices have the same text")
     if all(re.match(rf"\(?{a}[.):](\s|$)", c) for a, c in zip(ascii_uppercase, choices, strict=False)):
         raise RowError("lettered_choices", "choices carry their letters ('A. dog'): give bare texts, letters are added")

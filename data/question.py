@@ -34,9 +34,7 @@ class Question:
     difficulty: str | None = None
     category: str | None = None
     subcategory: str | None = None
-    meta: Mapping | None = field(
-        default=None, hash=False
-    )  # whatever else; `row`: the row as the benchmark published it
+    meta: Mapping | None = field(default=None, hash=False)  # whatever else; `row`: the row as published
 
     @property
     def gold(self) -> str:
