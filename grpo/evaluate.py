@@ -3,6 +3,7 @@
 evaluations/NAME/evaluation.json           model, prompt, decoding, versions: what the numbers depend on
                  metrics.json, table.md    both rules, intervals, groups, states, probes, McNemar
                  BENCH/predictions.jsonl   a line an item, always (BENCH/silent.jsonl, ... of the probes)
+                 BENCH/submission.*        the official file, of a manifest that data.prepare made
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def evaluate(cfg: DictConfig, folder: Path, display) -> dict:
                         variants(probe, questions, clip, seed=cfg.seed, permutations=cfg.permutations)]  # fmt: skip
                 figures["probes"][probe] = permuted(runs) if probe == "permuted" else summary(runs[0])
             figures["against"] = _compare(rows, others[bench.name])
+            if cfg.limit is None:
+                submit(folder / bench.name, questions, rows)
             results[bench.name] = figures
     finally:
         asker.close()
@@ -205,6 +208,22 @@ def official_text(answer, rule: str) -> str:
     if rule in ("mmsu", "air_bench") and answer.choice is not None:
         return ascii_uppercase[answer.choice]
     return answer.bare
+
+
+def submit(folder: Path, questions: Sequence, rows: Sequence[Mapping]) -> Path | None:
+    """Write the official file where the manifest keeps each published row (`meta.row`, by data.prepare); else None."""
+    from data.submission import FORMATS, Prediction, write
+
+    names = {q.benchmark for q in questions}
+    name = next(iter(names), None)
+    if len(names) != 1 or name not in FORMATS or not all("row" in (q.meta or {}) for q in questions):
+        return None
+    asked = {q.id for q in questions}
+    said = {row["id"]: Prediction(row["chosen"], row["answer"] or "", row["think"] or "") for row in rows
+            if row["id"] in asked}  # fmt: skip
+    path = folder / f"submission.{FORMATS[name].kind}"
+    write(path, questions, said)
+    return path
 
 
 def refuse_bare(base: str) -> None:

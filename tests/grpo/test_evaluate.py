@@ -80,6 +80,23 @@ def test_withheld_answers_are_predicted_and_not_scored(checkpoint, bench, tmp_pa
     assert first["hidden"] and first["gold"] is None and not first["official"] and first["completion"]
 
 
+def test_the_official_file_holds_every_item(bench, tmp_path):
+    from dataclasses import replace as changed
+
+    from data.submission import read as official
+    from grpo.evaluate import submit
+
+    rows = [{"id": f"q{i}", "chosen": c, "answer": "x", "think": "so"} for i, c in enumerate([1, None])]
+    questions = [make_question(f"q{i}", benchmark="mmar", meta={"row": {"id": f"q{i}"}}) for i in range(3)]
+    path = submit(tmp_path, questions, rows)
+    assert path.name == "submission.jsonl"
+    assert [(row["id"], said, why) for row, said, why in official(path, "mmar")] == [
+        ("q0", "rain", "so"), ("q1", "x", "so"), ("q2", "", "")
+    ]  # fmt: skip
+    assert submit(tmp_path, [changed(q, meta=None) for q in questions], rows) is None
+    assert submit(tmp_path, [changed(q, benchmark=None) for q in questions], rows) is None
+
+
 def test_killed_and_resumed_is_the_same(checkpoint, bench, whole, tmp_path):
     done = (whole[0] / "heldout" / "predictions.jsonl").read_text()
     run(checkpoint, bench, tmp_path)
