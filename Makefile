@@ -66,10 +66,10 @@ test: export HF_HUB_OFFLINE = 1
 test: $(STAMP) ## run the tests; TESTS=tests/grpo runs some
 	$(BIN)/python -m pytest -q -rs --durations=10 -n auto --maxprocesses=4 --dist=loadfile $(TESTS)
 
-bench: $(STAMP) ## seconds a step of every rollout engine, as ratios; ARGS='--rounds 1 --only hf vllm'
+bench: $(STAMP) ## claims of docs/performance.md, measured here; ARGS=engines: whole runs of each rollout engine
 	$(BIN)/python -m grpo.bench $(ARGS) $(HYDRA)
 
-bench-gpu: $(STAMP) ## the same at the true 7B shapes, random weights (16 GB in .cache); skips without a GPU
+bench-gpu: $(STAMP) ## at the true 7B shapes, random weights (16 GB in .cache); skips without a GPU
 	$(BIN)/python -m grpo.bench --gpu $(ARGS) $(HYDRA)
 
 docs: $(STAMP) ## write the pages made from code anew: losses, advantages, metrics

@@ -237,6 +237,9 @@ class Policy(nn.Module):
         prompts, device = [g.prompt for g in groups], self.device
         audio = self.encode_audio(prompts) if audio is None else audio
         self._check(prompts, audio)
+        if any(self.thinker.config.audio_token_id in c.token_ids for g in groups for c in g.completions):
+            raise ValueError("a completion holds audio placeholders, for which there is no audio: the sampler must ban "
+                             "the policy's banned_ids")  # fmt: skip
         flex = self.flex and self.layout == "shared"
         packed = pack([p.prompt_ids for p in prompts], [[c.token_ids for c in g.completions] for g in groups],
                       forward=self.layout, pad=self.pad, multiple=128 if flex else 1)  # fmt: skip

@@ -113,7 +113,7 @@ def test_a_completion_cut_short_of_its_limit_is_an_error(policy, engine, monkeyp
     prompt = questions(policy)[0]
     answer = SimpleNamespace(index=0, token_ids=ids, finish_reason=reason, logprobs=[])
     out = SimpleNamespace(prompt_token_ids=prompt.prompt_ids.tolist(), outputs=[answer])
-    monkeypatch.setattr(engine, "_ask", lambda requests, settings: [out])
+    monkeypatch.setattr(engine, "_ask", lambda requests, settings: [(0, out)])
     with pytest.raises(RolloutError, match=rf"{len(ids)} of 9 tokens: raise rollout\.max_model_len above"):
         engine.generate([prompt], 1, Sampling(9))
 

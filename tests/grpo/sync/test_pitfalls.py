@@ -47,6 +47,7 @@ def base(policy):
         for n, p in policy.named_parameters():
             if n in kept:
                 p.copy_(kept[n])
+    policy.audio_cache.clear()
 
 
 def sample(engine, policy, step=0):
@@ -81,6 +82,7 @@ def test_stale_audio_embeddings(policy, plain, base, monkeypatch):
         for name, p in policy.thinker.named_parameters():
             if name.startswith("audio_tower") and p.dim() > 1:
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    policy.audio_cache.clear()  # the trainer's own: a tower that is trained has none
     with monkeypatch.context() as m:
         m.setattr(plain.llm.llm_engine, "reset_encoder_cache", lambda: None)
         with pytest.raises(SyncError, match="log-probs differ"):
