@@ -1,7 +1,7 @@
 # `make` or `make help` lists the targets. Names in CAPITALS belong to make, all others go to Hydra as overrides:
 #     make train rollout=vllm seed=1 data.audio=silent
 # EXPERIMENT=name  DRY=1  NPROC=2 (processes)  ARGS='-m seed=0,1,2' (whatever make cannot read)
-# EXTRA=cpu|gpu    PYTHON=python3.11    TESTS=tests/grpo    UV=uv
+# MODEL=folder (serve, demo)    EXTRA=cpu|gpu    PYTHON=python3.11    TESTS=tests/grpo    UV=uv
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -30,7 +30,7 @@ export TORCHDYNAMO_DISABLE = $(if $(filter gpu,$(file < $(STAMP))),0,1)
 
 # The overrides: MAKEOVERRIDES has their names (the last one first), $(value) their text as it
 # was typed, which goes on in single quotes. No variable here has a name in small letters, which an override might take.
-OURS     := ARGS DRY EXPERIMENT EXTRA NPROC PYTHON TESTS UV VENV OMP_NUM_THREADS PYTHONWARNINGS TOKENIZERS_PARALLELISM
+OURS     := ARGS DRY EXPERIMENT EXTRA MODEL NPROC PYTHON TESTS UV VENV OMP_NUM_THREADS PYTHONWARNINGS TOKENIZERS_PARALLELISM
 REVERSED  = $(if $(1),$(call REVERSED,$(wordlist 2,$(words $(1)),$(1))) $(firstword $(1)))
 GIVEN    := $(foreach W,$(call REVERSED,$(MAKEOVERRIDES)),$(if $(findstring =,$(W)),$(firstword $(subst =, ,$(W)))))
 GIVEN    := $(foreach W,$(GIVEN),$(if $(filter command,$(firstword $(origin $(W)))),$(W)))
@@ -41,7 +41,7 @@ HYDRA     = $(foreach W,$(filter-out $(CAPITALS),$(GIVEN)),'$(subst ','\'',$(W)=
 
 RUN = $(BIN)/python $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=$(NPROC) )-m
 
-.PHONY: help setup train test bench bench-gpu docs lint format lock clean FORCE
+.PHONY: help setup train serve demo test bench bench-gpu docs lint format lock clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,12 @@ $(STAMP): pyproject.toml requirements/cpu.txt requirements/gpu.txt launch/setup.
 
 train: $(STAMP) ## train; words like seed=1 are config overrides, EXPERIMENT=name, DRY=1, NPROC=2
 	$(RUN) grpo.train$(if $(ARGS), $(ARGS))$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(DRY), dry_run=true)$(if $(HYDRA), $(HYDRA))
+
+serve: $(STAMP) ## vLLM's OpenAI-compatible server of an export: make serve MODEL=OUT ARGS='--port 8000'
+	$(BIN)/python -m grpo.serve --model '$(or $(MODEL),$(error make serve MODEL=OUT, a folder that grpo.export wrote))'$(if $(ARGS), $(ARGS))
+
+demo: $(STAMP) ## a web page to ask a model about a clip; MODEL=OUT, else the newest run
+	$(BIN)/python -m grpo.demo$(if $(MODEL), --model '$(MODEL)')$(if $(ARGS), $(ARGS))
 
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP) ## run the tests; TESTS=tests/grpo runs some

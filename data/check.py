@@ -19,7 +19,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from data.audio import ClipError, check_header, load
+from data.audio import ClipError, check_header, decode
+from data.balance import balance
 from data.manifest import Manifest, Problem, read
 from data.question import Question
 
@@ -43,14 +44,15 @@ class Seen:
 
 def examine(question: Question, *, fast: bool, max_seconds: float) -> Seen:
     """Look at one clip: all of it, or only its header when `fast`."""
-    stretch = {"start": question.start, "end": question.end, "max_seconds": max_seconds}
+    stretch = {"span": question.span, "start": question.start, "end": question.end, "max_seconds": max_seconds}
     try:
-        info = check_header(question.audio, **stretch)
         if fast:
+            info = check_header(question.audio, **stretch)
             end = info.duration if question.end is None else min(question.end, info.duration)
             seconds = end - (question.start or 0.0)
         else:
-            seconds = load(question.audio, **stretch).seconds
+            clip, info = decode(question.audio, **stretch)
+            seconds = clip.seconds
         return Seen(seconds=seconds, hz=info.samplerate, channels=info.channels)
     except ClipError as error:
         return Seen(error.reason, str(error))
@@ -62,7 +64,7 @@ def examine_all(questions: list[Question], *, fast: bool, max_seconds: float, wo
     if fast or workers == 1 or len(questions) < POOL_FROM:
         yield from map(look, questions)
         return
-    # Not forked: a child of a process whose OpenMP threads have run waits for them for ever on its first resampling.
+    # Not forked: a child of a process with threads may wait for ever for a lock that one of them held.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(look, questions, chunksize=16)
 
@@ -82,7 +84,7 @@ def summarise(manifest: Manifest, seen: list[Seen]) -> dict:
         "rows": len(manifest.questions) + len(manifest.problems),
         "ok": len(good),
         "seconds": round(sum(one.seconds for _, one in good), 3),
-        "gold": dict(sorted(Counter("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[q.answer] for q, _ in good).items())),
+        "gold": balance([(q.answer, len(q.choices)) for q, _ in good]),
         "rates": {f"{hz} Hz x {channels}": n for (hz, channels), n in
                   sorted(Counter((one.hz, one.channels) for _, one in good).items())},
         "problems": [asdict(p) for p in sorted(problems, key=lambda p: p.line)],
@@ -100,7 +102,7 @@ def show(report: dict, console: Console) -> None:
         print(_counts("reasons", Counter(p["reason"] for p in report["problems"])))
     print(f"rows    {report['rows']}, ok {report['ok']}, bad {len(report['problems'])}")
     print(f"audio   {report['seconds']:.1f} s = {report['seconds'] / 3600:.2f} h")
-    print(_counts("gold", report["gold"]))
+    print(f"gold    {report['gold']['text']}")
     print(_counts("rates", report["rates"]))
 
 

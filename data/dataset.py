@@ -26,18 +26,21 @@ class Dataset:
         hz: sample rate of the clips, the model's.
         verify: "decode" reads every clip at the start, "header" looks at headers, "none" trusts them.
         max_bad_fraction: share of rows of a split that may be left out before the data is refused.
+        shuffle_options: ask a training question with its options in another order every epoch (data.sampler).
         progress: called with (done, total) while clips are verified.
     Raises DataError when too many rows are bad, a split is empty, or held-out questions or clips are in training too.
     """
 
     def __init__(self, train: Iterable[Question], eval: Iterable[Question], *, audio: str = "real", hz: int = 16000,
                  min_seconds: float = 0.03, max_seconds: float = 30.0, verify: str = "decode",
-                 max_bad_fraction: float = 0.01, progress: Callable | None = None):  # fmt: skip
+                 max_bad_fraction: float = 0.01, shuffle_options: bool = False,
+                 progress: Callable | None = None):  # fmt: skip
         if audio not in ("real", "silent"):
             raise DataError(f"data.audio must be 'real' or 'silent', got {audio!r}")
         if verify not in ("decode", "header", "none"):
             raise DataError(f"data.verify must be 'decode', 'header' or 'none', got {verify!r}")
         self.audio, self.hz, self.verify, self.max_bad_fraction = audio, hz, verify, max_bad_fraction
+        self.shuffle_options = shuffle_options
         self.limits = {"min_seconds": min_seconds, "max_seconds": max_seconds}
         self.problems: list[Problem] = []
         self.train = self._accept("train", train, progress)
@@ -46,7 +49,7 @@ class Dataset:
 
     def clip(self, question: Question) -> Clip:
         """The waveform of a question. Raises ClipError (data.audio)."""
-        clip = load(question.audio, start=question.start, end=question.end, hz=self.hz, **self.limits)
+        clip = load(question.audio, **_where(question), hz=self.hz, **self.limits)
         if self.audio == "silent":
             clip = Clip(np.zeros_like(clip.samples), clip.hz)
         return clip
@@ -72,10 +75,13 @@ class Dataset:
                 if question.id in good:  # a manifest has looked already; a list from a user's function has not
                     problems.append(Problem(file, line, question.id, "duplicate_id", f"id {question.id!r} came before"))
                     continue
+                if question.answer is None:
+                    problems.append(Problem(file, line, question.id, "no_answer", "its answer is withheld"))
+                    continue
                 if self.verify == "decode":
                     self.clip(question)
                 elif self.verify == "header":
-                    check_header(question.audio, start=question.start, end=question.end, hz=self.hz, **self.limits)
+                    check_header(question.audio, **_where(question), hz=self.hz, **self.limits)
                 good[question.id] = question
             except ClipError as error:
                 problems.append(Problem(file, line, question.id, error.reason, str(error)))
@@ -107,5 +113,9 @@ class Dataset:
                 )
 
 
+def _where(question: Question) -> dict:
+    return {"span": question.span, "start": question.start, "end": question.end}
+
+
 def _stretch(question: Question) -> tuple:
-    return question.audio, question.start or 0.0, question.end
+    return question.audio, question.span, question.start or 0.0, question.end

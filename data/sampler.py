@@ -14,13 +14,15 @@ from data.question import Question
 class Sampler:
     """`per_step` distinct questions a step, from one seeded permutation of all questions after another.
 
-    Slot k of the run is position k % n of epoch k // n. Raises ValueError when a step is larger than the data set.
+    Slot k of the run is position k % n of epoch k // n. With `shuffle_options` a question's options stand in another
+    order every epoch, a function of (seed, epoch, id). Raises ValueError when a step is larger than the data set.
     """
 
-    def __init__(self, questions: Sequence[Question], per_step: int, seed: int):
+    def __init__(self, questions: Sequence[Question], per_step: int, seed: int, shuffle_options: bool = False):
         if not 1 <= per_step <= len(questions):
             raise ValueError(f"questions={per_step} a step, but there are {len(questions)} training questions")
         self.questions, self.per_step, self.seed = list(questions), per_step, seed
+        self.shuffle_options = shuffle_options
         self._order = lru_cache(maxsize=4)(self._compute_order)
 
     def batch(self, step: int, bad: frozenset[str] = frozenset()) -> list[Question]:
@@ -32,7 +34,7 @@ class Sampler:
             epoch, position = divmod(slot, len(self.questions))
             question = self.questions[self._order(epoch)[position]]
             if question.id not in bad and question.id not in batch:
-                batch[question.id] = question
+                batch[question.id] = question.shuffled(self.seed, epoch) if self.shuffle_options else question
                 if len(batch) == self.per_step:
                     return list(batch.values())
         raise ValueError(f"{len(bad)} bad questions leave {len(batch)} good ones, a step needs {self.per_step}")

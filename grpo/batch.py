@@ -19,7 +19,7 @@ class Encoded:
 
     id: str  # the question's id
     prompt_ids: Tensor  # int64 [P], audio placeholders expanded
-    mel: Tensor  # float32 [mel bins, frames], log-mel spectrogram without padding
+    mel: Tensor | None  # float32 [mel bins, frames], log-mel spectrogram without padding; None: a prompt without audio
     clip_sha256: str  # of the waveform: the rows of a group must agree on it
     samples: np.ndarray | None = None  # float32 [S], mono at the model's rate: for engines that make their own features
 

@@ -51,6 +51,7 @@ class Settings:
     stop_at: int | None  # stop after this step as if interrupted; resume=true goes on
     eval_every: int
     eval_batch: int
+    eval_questions: int | None  # asked at each evaluation, of the held-out and of each benchmark; null: all
     checkpoint_every: int
     log_every: int
     samples_every: int
@@ -80,6 +81,8 @@ class Settings:
         if self.dynamic_sampling_rounds > 1 and self.rollout_lag:
             raise ConfigError("dynamic_sampling asks further questions within a step, rollout.lag=1 samples the step "
                               "ahead: choose one of them")  # fmt: skip
+        if self.eval_questions is not None and self.eval_questions < 1:
+            raise ConfigError(f"eval.questions must be at least 1, or null, got {self.eval_questions}")
         for name in ("steps", "encoded", "workers", "profile"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -238,7 +241,7 @@ def run_name(name: str | None, resume: bool, root: str) -> str:
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def composition_error(error: Exception) -> str:
+def composition_error(error: Exception, main: str = "train") -> str:
     """One line for what Hydra or OmegaConf could not compose: the key or group, and what would be right."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
@@ -249,9 +252,9 @@ def composition_error(error: Exception) -> str:
         return f"{missing[1]} must be given: {missing[1]}=VALUE"
     if key := re.search(r"Could not override '([^']+)'", text):
         with initialize_config_module("conf", version_base="1.3"):
-            known = _keys(OmegaConf.to_container(compose("train"), resolve=False))
+            known = _keys(OmegaConf.to_container(compose(main), resolve=False))
         near = difflib.get_close_matches(key[1], known, n=1)
-        meant = f"did you mean {near[0]!r}?" if near else "python -m grpo.train --help lists the keys"
+        meant = f"did you mean {near[0]!r}?" if near else f"python -m grpo.{main} --help lists the keys"
         return f"{key[1]}: there is no such key; {meant}"
     return text
 

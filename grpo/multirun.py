@@ -35,7 +35,10 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 # As in grpo/run.py, which would bring torch with it; a test holds them equal.
-FREE_ON_RESUME = set("resume stop_at name tracking checkpoint log samples encoded cache dry_run engine".split())
+FREE_ON_RESUME = set(
+    "bench resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
+    "dry_run engine".split()
+)
 CALM = 0.2  # seconds between two looks at the running jobs
 
 

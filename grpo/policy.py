@@ -83,6 +83,7 @@ class Policy(nn.Module):
 
     Args:
         path: folder (or hub name) of a Qwen2.5-Omni checkpoint, full-Omni or Thinker layout.
+        processor: where its processor is, if not in `path`: published Thinkers come with a tokenizer only.
         lora: r, alpha, dropout, targets (regex over the Thinker's module names) and `seed` of A's initial values;
             None leaves the model as it is.
         temperature: of sampling and of all log-probabilities.
@@ -94,7 +95,7 @@ class Policy(nn.Module):
 
     def __init__(self, path, lora: Mapping | None, *, prompt, dtype="float32", temperature=1.0, device="cpu",
                  gradient_checkpointing=False, forward="shared", attention="auto", zero3=None,
-                 audio_cache: AudioCache | None = None):  # fmt: skip
+                 audio_cache: AudioCache | None = None, processor=None):  # fmt: skip
         super().__init__()
         for name, value, known in (("forward", forward, ("shared", "separate")),
                                    ("attention", attention, ("auto", "sdpa", "flex"))):  # fmt: skip
@@ -102,7 +103,7 @@ class Policy(nn.Module):
                 raise ValueError(f"model.{name} must be one of {', '.join(known)}, got {value!r}")
         self.prompt, self.temperature, self.layout, self.pad = prompt, float(temperature), forward, "right"
         self.flex = attention == "flex" or (attention == "auto" and torch.device(device).type == "cuda")
-        self.processor = Qwen2_5OmniProcessor.from_pretrained(path)
+        self.processor = Qwen2_5OmniProcessor.from_pretrained(processor or path)
         self.tokenizer = self.processor.tokenizer
         # Must outlive the model: from_pretrained reads it to load each weight already partitioned.
         self._zero3 = HfDeepSpeedConfig(dict(zero3)) if zero3 else None
@@ -142,8 +143,13 @@ class Policy(nn.Module):
         """Prompt ids and log-mel features of one question, equal to what the processor makes of the pair.
 
         The processor pads every clip to its chunk length (300 s, 15 MB); here one FFT window of zeros is enough for
-        the same frames.
+        the same frames. Without a clip: the same prompt without its audio part.
         """
+        messages, audio = self.prompt.messages(question), self.processor.audio_token
+        if clip is None:
+            silent = [m | {"content": [part for part in m["content"] if part["type"] != "audio"]} for m in messages]
+            text = self.processor.apply_chat_template(silent, tokenize=False, add_generation_prompt=True)
+            return Encoded(question.id, self.tokenizer(text, return_tensors="pt")["input_ids"][0], None, "")
         extractor = self.processor.feature_extractor
         if clip.hz != extractor.sampling_rate:
             raise ValueError(f"question {question.id}: clip at {clip.hz} Hz, the model wants {extractor.sampling_rate}")
@@ -154,10 +160,7 @@ class Policy(nn.Module):
         _, tokens = self.thinker.audio_tower._get_feat_extract_output_lengths(torch.tensor(frames))
         if int(tokens) < 1:
             raise ValueError(f"question {question.id}: a clip of {clip.seconds * 1000:.0f} ms gives no audio token")
-        text = self.processor.apply_chat_template(
-            self.prompt.messages(question), tokenize=False, add_generation_prompt=True
-        )
-        audio = self.processor.audio_token
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if text.count(audio) != 1:
             raise ValueError(f"question {question.id}: the prompt holds {text.count(audio)} audio slots instead of one")
         ids = self.tokenizer(text.replace(audio, audio * int(tokens)), return_tensors="pt")["input_ids"][0]
@@ -171,6 +174,10 @@ class Policy(nn.Module):
 
         Each on its own, so that its numbers do not depend on what else is asked for.
         """
+        if any(p.mel is None for p in prompts):  # a prompt without audio has none
+            none = torch.zeros(0, self.thinker.config.get_text_config().hidden_size, device=self.device)
+            heard = iter(self.encode_audio([p for p in prompts if p.mel is not None]))
+            return [none if p.mel is None else next(heard) for p in prompts]
         if self.tower_trained:  # what was kept is of other weights
             return [self._hear(p) for p in prompts]
         if self.audio_cache.folder and self.audio_cache.home is None:

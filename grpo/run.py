@@ -8,6 +8,7 @@ import random
 import resource
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from grpo import loop, profile
 from grpo.advantage import declared
 from grpo.audio_cache import AudioCache
 from grpo.batch import Group, moves_without_advantage, needs
+from grpo.benchmark import benchmarks
 from grpo.checkpoint import Checkpoints, write_json
 from grpo.config import (
     ROLLOUT_KEYS,
@@ -38,21 +40,20 @@ from grpo.config import (
 )
 from grpo.display import Display
 from grpo.engine import Engine, start_distributed, zero_config
-from grpo.evaluate import accuracy
 from grpo.loading import Loader
 from grpo.loss.formula import describe
 from grpo.policy import Policy
+from grpo.predict import heldout_accuracy, prompt_hash, spread
 from grpo.report import closing_lines, curves
 from grpo.rollout import RolloutError
 from grpo.rollout.lag import Rollouts
 from grpo.sync.names import SyncError
 from grpo.tracking import NoTracker, RunLog
-from rewards.accuracy import accuracy as answer_is_right
 from rewards.weighted import RewardError
 
 # Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
 FREE_ON_RESUME = set(
-    "resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
+    "bench resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
     "dry_run engine".split()
 )
 
@@ -109,11 +110,13 @@ class Run:
         self.schedule = build(cfg.optim.schedule, "optim.schedule")
 
         self.dataset = build(cfg.data, "data")
-        self.sampler = Sampler(self.dataset.train, s.questions, s.seed)
+        self.sampler = Sampler(self.dataset.train, s.questions, s.seed, self.dataset.shuffle_options)
         if s.dynamic_sampling_rounds * s.questions > len(self.dataset.train):
             raise ConfigError(f"dynamic_sampling.rounds={s.dynamic_sampling_rounds} x questions={s.questions}, but "
                               f"there are only {len(self.dataset.train)} training questions")  # fmt: skip
         self.quarantined: dict[str, str] = {p.id: p.reason for p in self.dataset.problems if p.id}
+        self.heldout = spread(self.dataset.eval, s.eval_questions)
+        self.benchmarks = benchmarks(cfg.get("bench"))
 
         prompt = build(cfg.prompt, "prompt")
         path = prepare_model(cfg, self.dataset, prompt, self.rank, self.world, display)
@@ -125,6 +128,7 @@ class Run:
             gradient_checkpointing=cfg.model.gradient_checkpointing, forward=cfg.model.forward,
             attention=cfg.model.attention, zero3=zero if cfg.engine.stage == 3 else None,
             audio_cache=build_audio_cache(cfg),
+            processor=cfg.model.get("processor"),
         )  # fmt: skip
         self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
         if hasattr(get_object(cfg.rollout._target_), "every_rank"):  # an engine with weights of its own takes a while
@@ -145,6 +149,9 @@ class Run:
         """Question -> Encoded. Raises ClipError when its audio cannot be read."""
         return self.policy.encode(question, self.dataset.clip(question))
 
+    def _encode_for(self, bench, question):
+        return self.policy.encode(question, bench.clip(question))
+
     def quarantine(self, failed: list[tuple[str, str, str]]) -> None:
         """Leave questions out from now on, visibly; stop the run when they become too many."""
         for name, reason, message in failed:
@@ -156,13 +163,16 @@ class Run:
             raise RuntimeError(f"{bad} of {len(self.dataset.train)} training clips could not be read, more than "
                                f"data.max_bad_fraction allows; look at them with `python -m data.check`")  # fmt: skip
 
-    def heldout_accuracy(self) -> float:
+    def evaluate(self) -> dict[str, float]:
+        """Greedy accuracy on the held-out questions, and on the benchmarks of `bench` where there are any."""
+        score = partial(heldout_accuracy, rollout=self.rollout, engine=self.engine,
+                        max_tokens=self.settings.max_tokens, batch=self.settings.eval_batch)  # fmt: skip
         with self.clock("evaluate"):
-            return accuracy(
-                self.dataset.eval, self.encode, self.rollout, self.engine, max_tokens=self.settings.max_tokens,
-                batch=self.settings.eval_batch,
-                correct=lambda text, q: answer_is_right(text, choices=q.choices, answer=q.answer),
-            )  # fmt: skip
+            scores = {"accuracy/heldout": score(self.heldout, self.encode)}
+            for bench in self.benchmarks:
+                asked = spread(bench.questions, self.settings.eval_questions)
+                scores[f"accuracy/{bench.name}"] = score(asked, partial(self._encode_for, bench))
+            return scores
 
     def header(self) -> str:
         """The first lines of a run: exactly what is optimised, on what, by which weights."""
@@ -208,11 +218,12 @@ class Run:
         tracker.start(self.folder, OmegaConf.to_container(self.cfg, resolve=True), self.folder.name)
         log = RunLog(self.folder, tracker, first if state else -1) if self.rank == 0 else None
         if state is None:
-            write_provenance(self.cfg, self.folder, self.dataset.fingerprint, self.rank)
-            start = self.heldout_accuracy()
+            write_provenance(self.cfg, self.folder, facts(self.dataset, self.policy), self.rank)
+            scores = self.evaluate()
+            start = scores["accuracy/heldout"]
             state = {"accuracy/start": start, "accuracy/best": start, "accuracy/final": start, "completions": 0}
             if self.rank == 0:
-                log.metrics(0, {"accuracy/heldout": start})
+                log.metrics(0, scores)
         show.say(f"held-out accuracy at the start: {state['accuracy/start']:.3f}")
         show.start("train", s.steps, first)
 
@@ -256,7 +267,8 @@ class Run:
             self.engine.refresh_reference()
         best = False
         if step % s.eval_every == 0 or step == s.steps:
-            now = metrics["accuracy/heldout"] = self.heldout_accuracy()
+            metrics |= (scores := self.evaluate())
+            now = scores["accuracy/heldout"]
             best = now > state["accuracy/best"]
             state |= {"accuracy/final": now, "accuracy/best": max(state["accuracy/best"], now)}
         state["completions"] += s.questions * s.generations * int(metrics.get("dynamic_sampling/rounds", 1))
@@ -309,7 +321,7 @@ class Run:
         return state
 
     def _summary(self, state: dict, steps: int, seconds: float) -> dict:
-        questions = self.dataset.eval
+        questions = self.heldout
         usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         summary = {k: state[k] for k in ("accuracy/start", "accuracy/final", "accuracy/best", "completions")}
         summary |= {
@@ -339,7 +351,7 @@ def _module(part) -> str:
 
 def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, display: Display) -> str:
     """Path of the checkpoint to train: as configured, or a tiny one built and warm-started into the cache."""
-    if "tiny" not in cfg.model:
+    if cfg.model.path is not None or "tiny" not in cfg.model:
         return str(cfg.model.path)
     from grpo.tiny import prepared
 
@@ -357,7 +369,16 @@ def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, displ
     return str(path)
 
 
-def write_provenance(cfg: DictConfig, folder: Path, fingerprint: str, rank: int) -> None:
+def facts(dataset, policy) -> dict:
+    """What a model card says of the data, and the prompt's hash."""
+    counts = {
+        key: dict(Counter(getattr(q, key) or "not stated" for q in dataset.train)) for key in ("license", "source")
+    }
+    return {"data_fingerprint": dataset.fingerprint, "prompt_hash": prompt_hash(policy),
+            "data": {"train": len(dataset.train), "eval": len(dataset.eval), **counts}}  # fmt: skip
+
+
+def write_provenance(cfg: DictConfig, folder: Path, facts: Mapping, rank: int) -> None:
     """The resolved config, versions, commit and data fingerprint: what a reader of the numbers has to know."""
     if rank:
         return
@@ -368,5 +389,5 @@ def write_provenance(cfg: DictConfig, folder: Path, fingerprint: str, rank: int)
     write_json(folder / "provenance.json", {
         "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
         "machine": platform.machine(), "threads": torch.get_num_threads(),
-        "git_commit": git.stdout.strip() if git.returncode == 0 else None, "data_fingerprint": fingerprint,
+        "git_commit": git.stdout.strip() if git.returncode == 0 else None, **facts,
     })  # fmt: skip

@@ -29,7 +29,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from grpo import sft
+from grpo import warmstart
 from grpo.config import ConfigError
 
 # The special tokens of Qwen2.5-Omni, in its spelling.
@@ -210,9 +210,8 @@ def random_checkpoint(folder: Path, sizes: Mapping = SEVEN_B, filled: int = FILL
 
 def corpus(questions: Iterable, prompt) -> list[str]:
     """What the tokenizer is trained on: the prompts and options of the data set, and the lessons of the warm start."""
-    texts = [
-        f"<think>{t}</think>\n<semantic_elements>{e}</semantic_elements>\n" for t in sft.THOUGHTS for e in sft.ELEMENTS
-    ]
+    texts = [f"<think>{t}</think>\n<semantic_elements>{e}</semantic_elements>\n"
+             for t in warmstart.THOUGHTS for e in warmstart.ELEMENTS]  # fmt: skip
     for question in questions:
         texts += [part["text"] for m in prompt.messages(question) for part in m["content"] if "text" in part]
         texts += [f"<answer>{choice}</answer>" for choice in question.choices]
@@ -227,7 +226,8 @@ def prepared(cache: Path, spec: dict, dataset, prompt, *, report: Callable[[int,
     from grpo.policy import Policy
 
     texts, seed = corpus(dataset.train[:500], prompt), spec["seed"]
-    made_from = json.dumps([spec, texts, dataset.audio, Path(__file__).read_text(), Path(sft.__file__).read_text()])
+    code = [Path(file).read_text() for file in (__file__, warmstart.__file__)]
+    made_from = json.dumps([spec, texts, dataset.audio, *code])
     folder = Path(cache) / f"tiny-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
@@ -245,7 +245,7 @@ def prepared(cache: Path, spec: dict, dataset, prompt, *, report: Callable[[int,
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sft.warm_start(policy, dataset.train[:256], encode, **spec["warm_start"], seed=seed, report=report)
+        warmstart.warm_start(policy, dataset.train[:256], encode, **spec["warm_start"], seed=seed, report=report)
     weights = load_file(temporary / "model.safetensors")  # the policy has no vision tower: its weights stay as built
     weights |= {f"thinker.{k}": v.contiguous() for k, v in policy.thinker.state_dict().items()}
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})

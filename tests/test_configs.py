@@ -15,9 +15,12 @@ if not OmegaConf.has_resolver("run_name"):
     OmegaConf.register_new_resolver("run_name", run_name)
 
 
-def composed(*overrides):
+SFT = {"experiment=audsemthinker_qa"}  # for grpo.sft, the others for grpo.train
+
+
+def composed(*overrides, main="train"):
     with initialize_config_module("conf", version_base="1.3"):
-        return compose("train", list(overrides))
+        return compose(main, list(overrides))
 
 
 def fill(overrides):
@@ -27,11 +30,12 @@ def fill(overrides):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_yaml_composes_and_fits_its_signatures(group):
-    cfg = composed(*fill([group]))
+    cfg = composed(*fill([group]), main="sft" if group in SFT else "train")
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check_targets(cfg)
-    settings(cfg)
-    for key in ("loss", "advantage", "rewards", "prompt"):
+    if group not in SFT:
+        settings(cfg)
+    for key in ("prompt",) if group in SFT else ("loss", "advantage", "rewards", "prompt"):
         build(cfg[key], key)
 
 
@@ -39,6 +43,12 @@ def test_every_yaml_composes_and_fits_its_signatures(group):
 def test_every_yaml_says_what_it_is(path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
     assert lines[0].startswith("# ") and len(lines[0]) > 12
+
+
+def test_published_values_of_the_supervised_stage():
+    cfg = composed("experiment=audsemthinker_qa", main="sft")
+    assert (cfg.model.lora.r, cfg.model.lora.alpha, cfg.optim.schedule.lr, cfg.epochs) == (8, 16, 2e-4, 1)
+    assert (cfg.questions, cfg.max_tokens, cfg.optim.clip, cfg.target.missing) == (4, 768, 0.0, None)
 
 
 def test_published_values():

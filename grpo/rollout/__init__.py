@@ -87,6 +87,8 @@ def group_seed(seed: int, step: int, question: str) -> int:
 def one_slot(prompt: Encoded, audio_id: int) -> list[int]:
     """The prompt's ids with its run of audio placeholders shrunk to one: the form that vLLM expands again."""
     ids = prompt.prompt_ids.tolist()
+    if prompt.mel is None:
+        return ids
     first = ids.index(audio_id)
     after = next((i for i in range(first, len(ids)) if ids[i] != audio_id), len(ids))
     return [*ids[: first + 1], *ids[after:]]

@@ -75,6 +75,7 @@ class Launch:
     extension: str = "grpo.sync.worker.Bridge"
     exchange: str | None = None  # folder through which tensors travel
     arguments: Sequence[str] = ()  # more words for vLLM's command line
+    rollouts: bool = True  # False: for users; without the routes that take token ids or change weights
 
     def __post_init__(self):
         if importlib.util.find_spec("vllm") is None:
@@ -95,11 +96,12 @@ class Launch:
             "--limit-mm-per-prompt", '{"audio":1,"image":0,"video":0}',
             "--logprobs-mode", "processed_logprobs",  # of the distribution that was sampled, not of the raw logits
             "--generation-config", "vllm",  # the checkpoint's own may carry top-k or a penalty
-            "--worker-extension-cls", self.extension,
             "--middleware", "grpo.rollout.serve.TokenGuard",
-            "--enable-scale-out",  # the route that takes and gives token ids
             "--disable-uvicorn-access-log",
         ]  # fmt: skip
+        if self.rollouts:
+            words += ["--worker-extension-cls", self.extension]
+            words += ["--enable-scale-out"]  # the route that takes and gives token ids
         words += ["--max-num-batched-tokens", str(max(self.max_model_len, 8192))]
         if not has_gpu():  # a seeded request whose prompt is cut in two ends vLLM on a CPU
             words += ["--no-enable-chunked-prefill"]
@@ -123,8 +125,8 @@ class Launch:
         env = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("TORCHELASTIC")}
         env |= {
             "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p),
-            "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", TOKEN: self.token,
-            EXCHANGE: self.exchange or "",
+            "VLLM_SERVER_DEV_MODE": str(int(self.rollouts)), "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+            TOKEN: self.token, EXCHANGE: self.exchange or "",
         }  # fmt: skip
         env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         if self.lora_rank:

@@ -390,6 +390,10 @@ class VLLMServer:
 
     def _question(self, prompt: Encoded, sampling: Mapping) -> dict:
         """Body of one request: the prompt with ONE audio placeholder, and the waveform as float32 WAV, losslessly."""
+        model = {} if self.model is None else {"model": self.model}
+        body = {"return_token_ids": True, "sampling_params": dict(sampling), **model}
+        if prompt.mel is None:  # a prompt without audio
+            return body | {"token_ids": prompt.prompt_ids.tolist()}
         if prompt.samples is None:
             raise RolloutError(f"question {prompt.id}: no waveform, which this engine sends with the prompt")
         wav = io.BytesIO()
@@ -397,9 +401,7 @@ class VLLMServer:
         soundfile.write(wav, prompt.samples, hz, format="WAV", subtype="FLOAT")
         ids = one_slot(prompt, self.policy.thinker.config.audio_token_id)
         url = f"data:audio/wav;base64,{base64.b64encode(wav.getvalue()).decode()}"
-        model = {} if self.model is None else {"model": self.model}
-        return {"token_ids": ids, "content_parts": [{"type": "audio_url", "url": url}], "return_token_ids": True,
-                "sampling_params": dict(sampling), **model}  # fmt: skip
+        return body | {"token_ids": ids, "content_parts": [{"type": "audio_url", "url": url}]}
 
     def _group(self, prompt: Encoded, answer: Mapping, copies: int, max_tokens: int) -> Group:
         """A checked answer as a Group. Raises Fault for what cannot be an answer, RolloutError for another prompt."""

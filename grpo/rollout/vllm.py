@@ -154,6 +154,8 @@ class VLLMRollout:
                 for g in groups]  # fmt: skip
 
     def _request(self, prompt: Encoded, ids: list[int] | None = None) -> dict:
+        if prompt.mel is None:  # a prompt without audio
+            return {"prompt_token_ids": prompt.prompt_ids.tolist() if ids is None else ids}
         if prompt.samples is None:
             raise ValueError(f"question {prompt.id} carries no waveform: vLLM makes its own features from it")
         ids = one_slot(prompt, self.audio_id) if ids is None else ids

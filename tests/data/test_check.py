@@ -39,7 +39,7 @@ def test_problems_in_json(manifest, capsys):
     problems = [(p["line"], p["reason"]) for p in report["problems"]]
     assert problems == [(2, "silent"), (4, "unknown_key"), (5, "missing")]
     assert (report["rows"], report["ok"], report["seconds"]) == (5, 2, 1.25)
-    assert (report["gold"], report["rates"]) == ({"A": 1, "B": 1}, {"48000 Hz x 2": 2})
+    assert (report["gold"]["counts"], report["rates"]) == ({"A": 1, "B": 1}, {"48000 Hz x 2": 2})
 
 
 def test_problems_as_a_table(manifest, capsys):

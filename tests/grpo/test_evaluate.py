@@ -1,50 +1,151 @@
-"""Held-out accuracy: greedy, over every question, shared by the ranks."""
+"""`grpo.evaluate` from manifest to table: every item counted, resumed after a kill, refused where settings differ."""
 
-from types import SimpleNamespace
+import json
+from dataclasses import replace
 
 import pytest
+import soundfile
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
-from grpo.evaluate import accuracy
-
-RIGHT = {0, 1, 4}  # of 5 questions
-
-
-class Rollout:
-    """Says the number of the question; remembers how it was asked."""
-
-    def __init__(self):
-        self.asked = []
-
-    def generate(self, prompts, copies, sampling):
-        self.asked.append((len(prompts), copies, sampling.greedy, sampling.max_tokens))
-        return [SimpleNamespace(completions=[SimpleNamespace(text=str(p))]) for p in prompts]
+from data import manifest
+from grpo.config import ConfigError
+from grpo.display import Display
+from grpo.evaluate import evaluate, lists
+from tests.conftest import make_clip, make_question
 
 
-def measure(rank=0, world=1, batch=2, elsewhere=0.0):
-    engine = SimpleNamespace(
-        rank=rank,
-        world=world,
-        together=lambda call, error: call(),
-        reduce=lambda values: {k: v + elsewhere for k, v in values.items()},
-    )
-    rollout, judged = Rollout(), []
-
-    def correct(text, question):
-        judged.append(question)
-        return float(text == str(question) and question in RIGHT)
-
-    share = accuracy(range(5), lambda q: q, rollout, engine, correct=correct, max_tokens=9, batch=batch)
-    return share, judged, rollout.asked
-
-
-@pytest.mark.parametrize("batch", [1, 2, 5, 64])
-def test_every_question_counts_whatever_the_batch(batch):
-    share, judged, asked = measure(batch=batch)
-    assert share == 3 / 5 and judged == [0, 1, 2, 3, 4]
-    assert sum(n for n, *_ in asked) == 5 and max(n for n, *_ in asked) <= batch
-    assert all(a[1:] == (1, True, 9) for a in asked)
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """Six good rows (one without its file) and a bad one."""
+    root = tmp_path_factory.mktemp("bench")
+    questions = []
+    for i in range(6):
+        clip = make_clip(i)
+        if i != 4:
+            soundfile.write(root / f"{i}.wav", clip.samples, clip.hz)
+        questions.append(make_question(f"q{i}", audio=root / f"{i}.wav", answer=i % 4, task="sound"))
+    manifest.write(root / "toy.jsonl", questions, root)
+    with (root / "toy.jsonl").open("a") as file:
+        file.write('{"id": "bad", "audio": "0.wav", "question": "?", "choices": ["a"], "answer": 0}\n')
+    return root / "toy.jsonl"
 
 
-def test_ranks_share_the_questions_and_agree():
-    (first, mine, _), (second, theirs, _) = measure(0, 2, elsewhere=1.0), measure(1, 2, elsewhere=2.0)
-    assert (mine, theirs) == ([0, 2, 4], [1, 3]) and first == second == 3 / 5
+def run(checkpoint, bench, folder, *words, prompt="short"):
+    words = [f"prompt={prompt}", *words] if prompt else words
+    with initialize_config_module("conf", version_base="1.3"):
+        cfg = compose("evaluate", lists([
+            f"model={checkpoint}", "bench=heldout", f"bench.heldout.path={bench}", "max_tokens=8",
+            "batch=4", *words,
+        ]))  # fmt: skip
+    OmegaConf.resolve(cfg)
+    return evaluate(cfg, folder, Display())
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, bench, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(checkpoint, bench, folder, "probes=[silent,no_audio,shuffled,permuted,always_a]")
+
+
+def test_every_item_is_there(whole):
+    folder, metrics = whole
+    rows = lines(folder / "heldout" / "predictions.jsonl")
+    assert [r["id"] for r in rows] == [*(f"q{i}" for i in range(6)), "bad"]
+    states = {r["id"]: r["state"] for r in rows}
+    assert (states["q4"], states["bad"]) == ("audio error", "bad row") and "missing" in rows[4]["problem"]
+    figures = metrics["benches"]["heldout"]
+    assert figures["total"]["strict"]["n"] == figures["total"]["official"]["n"] == 7
+    assert set(figures["probes"]) == {"silent", "no_audio", "shuffled", "permuted", "always_a"}
+    # always A: q0 and q4 have gold A, and no sound is needed for it
+    assert figures["probes"]["always_a"]["total"]["strict"]["right"] == 2
+    assert "1 rows could not be used" in figures["note"]
+    assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    assert "| all |  | 7 |" in (folder / "table.md").read_text()
+    assert metrics["settings"]["decoding"]["greedy"] and len(metrics["settings"]["prompt_hash"]) == 12
+
+
+def test_withheld_answers_are_predicted_and_not_scored(checkpoint, bench, tmp_path):
+    rows = [json.loads(line) for line in bench.read_text().splitlines()]
+    rows[0]["answer"] = None
+    hidden = bench.with_name("hidden.jsonl")
+    hidden.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    figures = run(checkpoint, hidden, tmp_path, "probes=[permuted]")["benches"]["heldout"]
+    assert figures["total"]["strict"]["n"] == 2 and "1 answers are withheld" in figures["note"]
+    first = lines(tmp_path / "heldout" / "predictions.jsonl")[0]
+    assert first["hidden"] and first["gold"] is None and not first["official"] and first["completion"]
+
+
+def test_the_official_file_holds_every_item(bench, tmp_path):
+    from dataclasses import replace as changed
+
+    from data.submission import read as official
+    from grpo.evaluate import submit
+
+    rows = [{"id": f"q{i}", "chosen": c, "answer": "x", "think": "so"} for i, c in enumerate([1, None])]
+    questions = [make_question(f"q{i}", benchmark="mmar", meta={"row": {"id": f"q{i}"}}) for i in range(3)]
+    path = submit(tmp_path, questions, rows)
+    assert path.name == "submission.jsonl"
+    assert [(row["id"], said, why) for row, said, why in official(path, "mmar")] == [
+        ("q0", "rain", "so"), ("q1", "x", "so"), ("q2", "", "")
+    ]  # fmt: skip
+    assert submit(tmp_path, [changed(q, meta=None) for q in questions], rows) is None
+    assert submit(tmp_path, [changed(q, benchmark=None) for q in questions], rows) is None
+
+
+def test_killed_and_resumed_is_the_same(checkpoint, bench, whole, tmp_path):
+    done = (whole[0] / "heldout" / "predictions.jsonl").read_text()
+    run(checkpoint, bench, tmp_path)
+    path = tmp_path / "heldout" / "predictions.jsonl"
+    assert path.read_text() == done
+    path.write_text(done[: len(done) // 2])  # in the middle of a line
+    run(checkpoint, bench, tmp_path, "resume=true")
+    assert path.read_text() == done
+    with pytest.raises(ConfigError, match="already holds an evaluation"):
+        run(checkpoint, bench, tmp_path)
+    with pytest.raises(ConfigError, match="resume=true, but decoding differ"):
+        run(checkpoint, bench, tmp_path, "resume=true", "max_tokens=9")
+
+
+def test_against_itself(checkpoint, bench, whole, tmp_path):
+    figures = run(checkpoint, bench, tmp_path, f"against={whole[0]}")["benches"]["heldout"]["against"]
+    assert figures["strict"]["n"] == 7 and figures["strict"]["p"] == 1.0 and figures["official"]["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("probes=[loud]", "probes: 'loud' is not one of silent"),
+        ("against=nowhere", "against=nowhere: .* does not exist"),
+        ("batch=0", "batch must be at least 1"),
+        ("bench.heldout.path=nowhere.jsonl", "no manifest nowhere.jsonl"),
+        ("+bench.heldout.rul=x", "bench.heldout: 'rul' is not one of"),
+        ("model=nowhere", "there is no model nowhere"),
+        ("think_words=x", "think_words must be int or null"),
+    ],
+)
+def test_mistakes_are_one_line(checkpoint, bench, tmp_path, word, message):
+    with pytest.raises(ConfigError, match=message):
+        run(checkpoint, bench, tmp_path, word)
+
+
+def test_a_model_without_a_prompt_asks_for_one(checkpoint, bench, tmp_path):
+    with pytest.raises(ConfigError, match="does not say which prompt"):
+        run(checkpoint, bench, tmp_path, prompt=None)
+
+
+def test_commas_ask_benchmarks_together():
+    assert lists(["bench=a,b", "model=m", "bench.a.path=x"]) == ["bench=[a,b]", "weights=m", "bench.a.path=x"]
+    assert lists(["bench=[a]"]) == ["bench=[a]"]
+
+
+def test_the_official_rule_reads_the_bare_text():
+    from grpo.evaluate import official_text
+    from grpo.predict import read
+
+    answer = read(replace(make_question("q"), answer=1), "<answer>B. rain</answer>")
+    assert official_text(answer, "mmau") == "rain" and official_text(answer, "mmsu") == "B"

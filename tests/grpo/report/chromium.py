@@ -22,7 +22,7 @@ def find() -> str | None:
 class Page:
     """One tab. `errors` gathers exceptions, console errors and refused loads; `requests` every address asked for."""
 
-    def __init__(self, browser: str, folder: Path, *, width=1360, height=900, dark=False):
+    def __init__(self, browser: str, folder: Path, *, width=1360, height=900, dark=False, flags=()):
         to_us, theirs_out = os.pipe()
         theirs_in, from_us = os.pipe()
         # The browser reads commands from descriptor 3 and writes to 4. Ours are first moved out of the way of both.
@@ -31,7 +31,7 @@ class Page:
         command = [browser, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu",
                    "--mute-audio", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
                    "--autoplay-policy=no-user-gesture-required", f"--user-data-dir={folder / 'profile'}",
-                   f"--window-size={width},{height}", "about:blank"]  # fmt: skip
+                   f"--window-size={width},{height}", *flags, "about:blank"]  # fmt: skip
         self.process = subprocess.Popen(
             ["bash", "-c", 'exec "$@" 3<&203 4>&204 203<&- 204>&-', "bash", *command], pass_fds=held,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "HOME": str(folder)},
@@ -88,7 +88,11 @@ class Page:
 
     def open(self, path: Path) -> None:
         """Open a file from file:// and wait until the page says that it is drawn."""
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.visit(path.resolve().as_uri())
+
+    def visit(self, url: str) -> None:
+        """Open an address and wait until the page says that it is drawn."""
+        self.call("Page.navigate", url=url)
         self.until("document.documentElement?.dataset.ready === 'true'")
 
     def js(self, expression: str):
