@@ -99,8 +99,11 @@ def heldout_accuracy(questions: Sequence[Question], encode: Callable, rollout: R
 
     def count() -> float:
         mine = list(questions[engine.rank :: engine.world])
+        # All ranks ask equally many: where an engine uses the trainer's partitioned weights, each needs the others.
+        filler = [questions[0]] * (-(-len(questions) // engine.world) - len(mine))
         sampling = Sampling(max_tokens=max_tokens, greedy=True)
-        return float(sum(a.right for a in predict(mine, encode, rollout, sampling=sampling, batch=batch)))
+        answers = list(predict([*mine, *filler], encode, rollout, sampling=sampling, batch=batch))
+        return float(sum(a.right for a in answers[: len(mine)]))
 
     right = engine.together(count, RolloutError)
     return engine.reduce({"right": right})["right"] / len(questions)

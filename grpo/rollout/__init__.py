@@ -15,6 +15,17 @@ from grpo.batch import Encoded, Group
 HEAD = {"thinker_config": {"text_config": {"head_dtype": "float32"}}}
 
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the only ones that vLLM knows
+
+
+def lora_rank(r: int) -> int:
+    """vLLM's rank for adapters of rank r. Raises ValueError where it has none."""
+    if r > LORA_RANKS[-1]:
+        raise ValueError(f"sync=adapter: vLLM takes LoRA ranks up to {LORA_RANKS[-1]}, and model.lora.r is {r}: use "
+                         f"sync=delta")  # fmt: skip
+    return next(rank for rank in LORA_RANKS if rank >= r)
+
+
 class RolloutError(RuntimeError):
     """The rollout engine cannot answer, and repeating does not help: says what was seen and what to do."""
 

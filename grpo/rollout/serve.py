@@ -71,7 +71,7 @@ class Launch:
     gpu_memory: float = 0.9  # GPU only: share of its memory
     gpus: str | None = None  # CUDA_VISIBLE_DEVICES of the server
     tensor_parallel: int = 1
-    lora_rank: int = 0  # above 0: take adapters up to this rank
+    lora_rank: int = 0  # above 0: take adapters up to this rank, one of those that vLLM knows
     extension: str = "grpo.sync.worker.Bridge"
     exchange: str | None = None  # folder through which tensors travel
     arguments: Sequence[str] = ()  # more words for vLLM's command line
@@ -112,9 +112,8 @@ class Launch:
         else:
             words += ["--enforce-eager"]
         if self.lora_rank:
-            ranks = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM knows no others
-            rank = next(r for r in ranks if r >= self.lora_rank)
-            words += ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(rank)]
+            words += ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2",
+                      "--max-lora-rank", str(self.lora_rank)]  # fmt: skip
         return words + list(self.arguments)
 
     def environment(self) -> dict[str, str]:

@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group
-from grpo.rollout import Done, RolloutError, Sampling, check_prompt, group_seed, ignore, one_slot
+from grpo.rollout import Done, RolloutError, Sampling, check_prompt, group_seed, ignore, lora_rank, one_slot
 from grpo.rollout.serve import TOKEN, Launch, Process, ServerError, answers, choose_token, exchange_folder
 from grpo.sync.broadcast import store as meeting_place
 
@@ -262,7 +262,7 @@ class VLLMServer:
                         "host": host, "token": choose_token(host, token), "max_model_len": max_model_len,
                         "max_num_seqs": max_num_seqs, "kv_cache_gib": kv_cache_gib, "gpu_memory": gpu_memory,
                         "tensor_parallel": tensor_parallel, "arguments": tuple(arguments),
-                        "lora_rank": policy.model.peft_config["default"].r if adapters else 0,
+                        "lora_rank": lora_rank(policy.model.peft_config["default"].r) if adapters else 0,
                     }  # fmt: skip
                     self._start(launch, count, port, log, gpus_of_each(gpus, count, tensor_parallel))
                 else:

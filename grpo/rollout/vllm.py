@@ -27,9 +27,7 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group
-from grpo.rollout import HEAD, Done, RolloutError, Sampling, check_prompt, group_seed, ignore, one_slot
-
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, the only ones that vLLM knows
+from grpo.rollout import HEAD, Done, RolloutError, Sampling, check_prompt, group_seed, ignore, lora_rank, one_slot
 
 
 class VLLMRollout:
@@ -72,7 +70,7 @@ class VLLMRollout:
         size = {} if kv_cache_gib is None else {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
         lora = {}
         if adapters:
-            rank = next(r for r in RANKS if r >= policy.model.peft_config["default"].r)
+            rank = lora_rank(policy.model.peft_config["default"].r)
             lora = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": rank}
         # A seeded request whose prompt is computed in two parts ends vLLM on a CPU: "Generator does not use offset".
         batches = {"enable_chunked_prefill": self.gpu, "max_num_batched_tokens": max(max_model_len, 8192)}

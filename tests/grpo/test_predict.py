@@ -86,6 +86,16 @@ def test_ranks_share_the_questions_and_agree():
     assert measure(0, 1.0) == measure(1, 2.0) == 3 / 5  # 0, 2, 4 here and 1, 3 there
 
 
+def test_all_ranks_ask_equally_often():
+    asked = []
+    for rank in range(7):  # more than there are questions
+        engine = SimpleNamespace(rank=rank, world=7, together=lambda call, error: call(), reduce=dict)
+        rollout = Rollout()
+        heldout_accuracy(QUESTIONS, encode, rollout, engine, max_tokens=9, batch=1)
+        asked.append(len(rollout.asked))
+    assert asked == [1] * 7
+
+
 def test_what_cannot_be_heard_is_wrong_and_stays():
     def broken(question):
         if question.id in "03":
