@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import random
 import resource
@@ -34,6 +33,7 @@ from grpo.loss.formula import describe
 from grpo.loss.weight import correction
 from grpo.policy import Policy
 from grpo.report import closing_lines, curves
+from grpo.report.curves import read_metrics
 from grpo.rollout import RolloutError
 from grpo.rollout.lag import Rollouts
 from grpo.sync.names import SyncError
@@ -321,8 +321,7 @@ class Run:
             "peak_memory_bytes": max(usage) * 1024, "quarantined": len(self.quarantined),
         }  # fmt: skip
         if self.rank == 0:
-            rows = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            reward = [r["reward"] for r in map(json.loads, rows) if "reward" in r] or [float("nan")]
+            reward = [r["reward"] for r in read_metrics(self.folder) if "reward" in r] or [float("nan")]
             summary |= {"reward/first": float(np.mean(reward[:10])), "reward/last": float(np.mean(reward[-10:]))}
         return summary
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from grpo.checkpoint import write_json
+from grpo.config import ConfigError
 
 
 class RunLog:
@@ -40,18 +41,21 @@ class RunLog:
 
     @staticmethod
     def _keep(path: Path, done: int) -> None:
+        """Raises ConfigError for a whole line that is no JSON: what follows it must not get lost unseen."""
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the half line of a killed run
-            if row["step"] <= done:
-                kept.append(line)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        # As bytes, whose lines end at \n alone: a completion may hold U+2028, and a kill may cut a character in two.
+        with path.open("rb") as old, temporary.open("wb") as new:
+            for i, line in enumerate(old, 1):
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    if not line.endswith(b"\n"):
+                        break  # the half line of a killed run
+                    raise ConfigError(f"{path}, line {i} is not JSON: mend or remove it before you resume") from error
+                if row["step"] <= done:
+                    new.write(line.removesuffix(b"\n") + b"\n")
         temporary.replace(path)
 
 
