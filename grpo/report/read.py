@@ -18,6 +18,8 @@ import yaml
 MAX_LINE = 4_000_000  # bytes of one line of metrics.jsonl or samples.jsonl
 MAX_FILE = 256_000_000  # bytes of metrics.jsonl: 500 steps take less than one
 MAX_YAML = 1_000_000
+MAX_NUMBER = 1e100  # sums and squares of larger ones overflow; no run measures such a thing
+MAX_STEP = 10**9  # of a run whose config does not say how many it has
 QUIET_SECONDS = 1800  # a run without summary.json that wrote nothing for this long counts as stopped
 MARKS = ("metrics.jsonl", "samples.jsonl", "summary.json", "config.yaml", "failure.json", ".hydra")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten times faster
@@ -26,7 +28,7 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten
 @dataclass(frozen=True)
 class RunData:
     """One run folder. `rows` are metrics.jsonl by step; a value is a finite float, or None where the run wrote null
-    (RunLog writes NaN and infinity so)."""
+    (RunLog writes NaN and infinity so) or a number beyond MAX_NUMBER."""
 
     name: str  # short, unique in the report
     folder: Path
@@ -75,10 +77,10 @@ def read_run(folder: Path, name: str | None = None, now: float | None = None) ->
     """Everything but the samples. Never raises for the folder's contents; `problems` says what could not be read."""
     folder, problems = Path(folder), []
     try:
-        rows = _metrics(folder, problems)
+        config = _yaml(folder / "config.yaml", problems) or _yaml(folder / ".hydra" / "config.yaml", problems)
+        rows = _metrics(folder, _mapping(config), problems)
         summary = _numbers(_json(folder / "summary.json", problems))
         failure = _json(folder / "failure.json", problems)
-        config = _yaml(folder / "config.yaml", problems) or _yaml(folder / ".hydra" / "config.yaml", problems)
         hydra = _yaml(folder / ".hydra" / "hydra.yaml", problems)
         overrides = _overrides(_yaml(folder / ".hydra" / "overrides.yaml", problems))
         runtime = _mapping(_mapping(_mapping(hydra).get("hydra")).get("runtime"))
@@ -126,42 +128,52 @@ def parse_line(line: bytes) -> dict | None:
 
 
 def number(value) -> float | None:
-    """`value` as a finite float, else None. True and False are not numbers."""
+    """`value` as a float of a sane size, else None. True and False are not numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         value = float(value)
     except OverflowError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= MAX_NUMBER else None  # NaN compares false
 
 
 # ---------------------------------------------------------------- parts of a folder
 
 
-def _metrics(folder: Path, problems: list[str]) -> list[dict]:
+def _metrics(folder: Path, config: Mapping, problems: list[str]) -> list[dict]:
+    """The rows by step. Steps beyond the config's are left out: one would squeeze the curves of all runs flat."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         problems.append("no metrics.jsonl: nothing was logged")
         return []
+    wanted = number(config.get("steps"))
+    most = wanted if wanted and 0 < wanted < MAX_STEP else MAX_STEP
     counts: dict[str, int] = {}
     rows: dict[int, dict] = {}
     try:
         for row in lines(path, counts):
             step = number(row.get("step"))
-            if step is None or step < 0 or step != int(step):
-                counts["bad"] = counts.get("bad", 0) + 1
+            if step is None or step < 0 or step != int(step) or step > most:
+                kind = "beyond" if step is not None and step > most else "bad"
+                counts[kind] = counts.get(kind, 0) + 1
                 continue
             # Text in a metric's place is dropped; null and NaN stay as None: the run saw a number that was none.
             kept = {k: number(v) for k, v in row.items() if v is None or number(v) is not None or isinstance(v, float)}
+            huge = sum(v is None and isinstance(row[k], float) and math.isfinite(row[k]) for k, v in kept.items())
+            counts["huge"] = counts.get("huge", 0) + huge
             rows[int(step)] = kept | {"step": int(step)}  # a resumed run may have written a step twice
     except OSError as error:
         problems.append(f"metrics.jsonl could not be read ({error.strerror or error})")
     if counts.get("bad"):
         problems.append(f"metrics.jsonl: {counts['bad']} lines are not metrics and were left out")
+    if counts.get("beyond"):
+        problems.append(f"metrics.jsonl: {counts['beyond']} lines are of steps beyond {most:.0f} and were left out")
+    if counts.get("huge"):
+        problems.append(f"metrics.jsonl: {counts['huge']} numbers beyond {MAX_NUMBER:.0e} were taken for none")
     if counts.get("unread"):
         problems.append(f"metrics.jsonl: larger than {MAX_FILE // 10**6} MB, read up to there")
-    if not rows and not counts.get("bad"):
+    if not rows and not counts.get("bad") and not counts.get("beyond"):
         problems.append("metrics.jsonl has no complete line yet")
     return [rows[s] for s in sorted(rows)]
 
