@@ -1,4 +1,4 @@
-"""The files of a run: what is written comes back, and a resume drops the steps after its checkpoint and nothing else."""
+"""The files of a run: what is written comes back; a resume drops the steps after its checkpoint and nothing else."""
 
 import json
 import math
