@@ -25,6 +25,13 @@ class ConfigError(ValueError):
     """A mistake in the configuration: names the key, what is wrong with it and what would be right."""
 
 
+# Keys that say how long, how visibly, how fast or where a run goes on, not what it does: a resumed run may change them,
+# a multirun's finished job fits whatever they are, and they are no column of the report.
+FREE_ON_RESUME = frozenset(
+    "resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
+    "dry_run engine".split()
+)
+
 # Keys of `rollout` that are the run's, whatever the engine (conf/train.yaml).
 ROLLOUT_KEYS = ("lag", "correction", "correction_level", "correction_cap")
 

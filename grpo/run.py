@@ -24,7 +24,16 @@ from grpo.advantage import declared
 from grpo.audio_cache import AudioCache
 from grpo.batch import Group, moves_without_advantage, needs
 from grpo.checkpoint import Checkpoints, write_json
-from grpo.config import ROLLOUT_KEYS, ConfigError, Settings, build, check_call, engine_keys, settings
+from grpo.config import (
+    FREE_ON_RESUME,
+    ROLLOUT_KEYS,
+    ConfigError,
+    Settings,
+    build,
+    check_call,
+    engine_keys,
+    settings,
+)
 from grpo.display import Display
 from grpo.engine import Engine, start_distributed, zero_config
 from grpo.evaluate import accuracy
@@ -39,12 +48,6 @@ from grpo.rollout.lag import Rollouts
 from grpo.sync.names import SyncError
 from grpo.tracking import NoTracker, RunLog
 from rewards.accuracy import accuracy as answer_is_right
-
-# Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
-FREE_ON_RESUME = set(
-    "resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
-    "dry_run engine".split()
-)
 
 # Of the rollout engine only these must stay: where and how fast it samples is free.
 KEPT_OF_ROLLOUT = {"_target_", "top_p", "top_k", "min_p", *ROLLOUT_KEYS}

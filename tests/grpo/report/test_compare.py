@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from grpo.config import FREE_ON_RESUME
 from grpo.report.build import build
 from grpo.report.compare import columns, estimate, figures, find_baseline, over_seeds, paired, settings, t_quantile
 from grpo.report.read import read_runs
@@ -24,6 +25,20 @@ def test_a_default_and_the_same_value_given_do_not_differ(tmp_path):
     write_run(tmp_path / "a", overrides=["loss=grpo", "seed=0", "name=a", "tracking=none", "checkpoint.every=5"])
     write_run(tmp_path / "b", overrides=["seed=1"])
     assert columns(read_runs([tmp_path])) == ["seed"]
+
+
+@pytest.mark.parametrize("key", [*sorted(FREE_ON_RESUME), "engine.stage", "audio_cache.memory_gib", "log.every",
+                                 "hydra/launcher", "hydra.launcher.jobs"])  # fmt: skip
+def test_what_a_resumed_run_may_change_is_no_column(tmp_path, key):
+    for seed, value in enumerate(("1", "2")):
+        write_run(tmp_path / value, overrides=[f"seed={seed}", f"{key}={value}"])
+    assert columns(read_runs([tmp_path])) == ["seed"]
+
+
+def test_a_key_that_only_begins_like_a_free_one_is_a_column(tmp_path):
+    for value in "ab":
+        write_run(tmp_path / value, overrides=[f"samples_of={value}", f"data.cache={value}"])
+    assert columns(read_runs([tmp_path])) == ["samples_of", "data.cache"]
 
 
 def test_mean_and_interval_by_hand():
