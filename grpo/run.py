@@ -136,6 +136,7 @@ class Run:
         self.clock = Clock()
         self.encode = Loader(self._encode, keep=s.encoded, workers=s.workers)
         self.version = self.tokens = 0
+        self.before = {"seconds": 0.0, "device_seconds": 0.0}  # of the legs that this one resumes
 
     def _encode(self, question):
         """Question -> Encoded. Raises ClipError when its audio cannot be read."""
@@ -204,7 +205,7 @@ class Run:
 
     def _train(self) -> dict:
         s, show = self.settings, self.display
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         show.say(self.header())
         state = self._restore() if s.resume else None
         if state is None and (self.folder / "metrics.jsonl").exists():
@@ -216,7 +217,7 @@ class Run:
         tracker.start(self.folder, OmegaConf.to_container(self.cfg, resolve=True), self.folder.name)
         log = RunLog(self.folder, tracker, first if state else -1) if self.rank == 0 else None
         if state is None:
-            write_provenance(self.cfg, self.folder, self.dataset.fingerprint, self.rank)
+            write_provenance(self.cfg, self.folder, self.dataset.fingerprint, self.rank, self.world)
             start = self.heldout_accuracy()
             state = {"accuracy/start": start, "accuracy/best": start, "accuracy/final": start, "completions": 0}
             if self.rank == 0:
@@ -234,9 +235,10 @@ class Run:
             with profile.traced(s.traced_steps * (self.rank == 0), self.folder, show.say) as tick:
                 while trained < end:
                     done = None
+                    before = self.tokens
                     metrics, rows, groups = loop.step(self, trained)
                     trained, done = trained + 1, {"metrics": metrics, "rows": self.engine.gather(rows)}
-                    finish(trained, **done, groups=groups)
+                    finish(trained, **done, groups=groups, tokens=self.tokens - before)
                     tick()
         except (RolloutError, SyncError) as error:
             if trained == 0:
@@ -246,7 +248,7 @@ class Run:
             raise RolloutError(f"{error}\nThe checkpoint of step {trained} is written: when the cause is mended, go on "
                                f"with name={self.folder.name} resume=true") from error  # fmt: skip
         show.stop()
-        summary = self._summary(state, end, time.perf_counter() - began)
+        summary = self._summary(state, end)
         if self.rank == 0:
             log.summary(summary)
             curves(self.folder)
@@ -254,8 +256,9 @@ class Run:
         return summary
 
     def _finish(self, step: int, *, metrics: Mapping, rows: list[dict], groups: Sequence[Group], state: dict,
-                log: RunLog | None, end: int) -> None:  # fmt: skip
-        """What follows a step's updates: sync, evaluation, checkpoint, log. `step` counts from 1."""
+                log: RunLog | None, end: int, tokens: int | None = None) -> None:  # fmt: skip
+        """What follows a step's updates: sync, evaluation, checkpoint, log. `step` counts from 1; `tokens` are the
+        step's over all ranks, None where its time is not known for a part of it was before a resume."""
         s = self.settings
         metrics = metrics | loop.sync(self, groups)
         if s.reference_every and step % s.reference_every == 0:
@@ -273,6 +276,8 @@ class Run:
                 self.checkpoints.save(step, self.policy, self.engine, state | self._progress(), best=best)
         times = self.clock.take()
         metrics |= times | {"step_time": sum(times.values())}
+        if tokens is not None:
+            metrics["tokens_per_second"] = tokens / metrics["step_time"]
         if self.rank == 0:
             log.metrics(step, metrics)
             log.samples(rows)
@@ -290,7 +295,13 @@ class Run:
     def _progress(self) -> dict:
         bonus = getattr(self.objective, "entropy", None)
         return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version,
-                "pending": self.rollouts.state(), "entropy": bonus.state() if bonus else None}  # fmt: skip
+                "pending": self.rollouts.state(), "entropy": bonus.state() if bonus else None} | self._cost()  # fmt: skip
+
+    def _cost(self) -> dict[str, float]:
+        """Wall-clock of all legs so far, and times the ranks that each had."""
+        leg = time.perf_counter() - self.began
+        return {"seconds": self.before["seconds"] + leg,
+                "device_seconds": self.before["device_seconds"] + leg * self.world}  # fmt: skip
 
     def _restore(self) -> dict:
         state = self.checkpoints.load(self.engine)
@@ -306,6 +317,7 @@ class Run:
                               f"give the same overrides as before, or start a new run")  # fmt: skip
         self.tokens, self.version = state.pop("tokens"), state.pop("version")
         self.quarantined = state.pop("quarantined")
+        self.before = {name: state.pop(name, 0.0) for name in self.before}
         if (entropy := state.pop("entropy")) is not None:
             self.objective.entropy.load_state(entropy)
         self.rollouts.load_state(state["step"], state.pop("pending"))
@@ -314,14 +326,14 @@ class Run:
         self.display.say(f"resumed {self.folder} after step {state['step']}")
         return state
 
-    def _summary(self, state: dict, steps: int, seconds: float) -> dict:
+    def _summary(self, state: dict, steps: int) -> dict:
         questions = self.dataset.eval
         usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         summary = {k: state[k] for k in ("accuracy/start", "accuracy/final", "accuracy/best", "completions")}
         summary |= {
             "accuracy/chance": sum(1 / len(q.choices) for q in questions) / len(questions),
-            "questions/heldout": len(questions), "steps": steps, "tokens": self.tokens, "seconds": seconds,
-            "peak_memory_bytes": max(usage) * 1024, "quarantined": len(self.quarantined),
+            "questions/heldout": len(questions), "steps": steps, "tokens": self.tokens,
+            "ranks": self.world, "device": device_name(), **self._cost(), "peak_memory_bytes": max(usage) * 1024, "quarantined": len(self.quarantined),
         }  # fmt: skip
         if self.rank == 0:
             reward = [r["reward"] for r in read_metrics(self.folder) if "reward" in r] or [float("nan")]
@@ -362,7 +374,12 @@ def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, displ
     return str(path)
 
 
-def write_provenance(cfg: DictConfig, folder: Path, fingerprint: str, rank: int) -> None:
+def device_name() -> str:
+    """Kind of the device that a rank trains on: as CUDA calls it, or cpu."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def write_provenance(cfg: DictConfig, folder: Path, fingerprint: str, rank: int, ranks: int) -> None:
     """The resolved config, versions, commit and data fingerprint: what a reader of the numbers has to know."""
     if rank:
         return
@@ -372,6 +389,6 @@ def write_provenance(cfg: DictConfig, folder: Path, fingerprint: str, rank: int)
     git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
     write_json(folder / "provenance.json", {
         "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
-        "machine": platform.machine(), "threads": torch.get_num_threads(),
+        "machine": platform.machine(), "device": device_name(), "ranks": ranks, "threads": torch.get_num_threads(),
         "git_commit": git.stdout.strip() if git.returncode == 0 else None, "data_fingerprint": fingerprint,
     })  # fmt: skip

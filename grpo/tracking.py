@@ -13,12 +13,14 @@ from grpo.config import ConfigError
 
 class RunLog:
     """The files of one run. Step 0 is the state before training. On resume, lines of steps after `done` are dropped:
-    they will be written again."""
+    they will be written again. So is what says how the leg before ended: the run goes on."""
 
     def __init__(self, folder: Path, tracker, done: int = -1):
         self.folder, self.tracker = Path(folder), tracker
         for name in ("metrics.jsonl", "samples.jsonl"):
             self._keep(self.folder / name, done)
+        for name in ("summary.json", "failure.json"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._append("metrics.jsonl", {"step": step, **values})

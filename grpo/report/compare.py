@@ -168,11 +168,14 @@ def figures(run: RunData, until: float | None = None) -> dict[str, float | None]
     for name in ("completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std", "kl", "entropy"):
         out[name] = _end(run, name)
     tokens = run.series("num_tokens")
-    seconds = run.summary.get("seconds")
-    if seconds is None and (times := run.series("step_time")):
-        seconds = math.fsum(v for _, v in times)
     out["tokens"] = tokens[-1][1] if tokens else run.summary.get("tokens")
+    # A run under way has no summary yet, and older runs' counts only the time since they were resumed.
+    known = [run.summary.get("seconds"), math.fsum(v for _, v in run.series("step_time")) or None]
+    seconds = max((s for s in known if s is not None), default=None)
     out["hours"] = None if seconds is None else seconds / 3600
+    if run.device and run.ranks and seconds is not None:
+        spent = run.summary.get("device_seconds", seconds * run.ranks)
+        out["device_hours" if run.device == "cpu" else "gpu_hours"] = spent / 3600
     return out
 
 

@@ -39,6 +39,8 @@ class RunData:
     config: Mapping = field(default_factory=dict)
     rows: tuple[Mapping[str, float | None], ...] = ()
     summary: Mapping[str, float] = field(default_factory=dict)
+    device: str = ""  # what each rank trained on: a GPU's name or cpu; unknown of older runs
+    ranks: float | None = None
     failure: str | None = None
 
     def value(self, key: str) -> str:
@@ -81,6 +83,7 @@ def read_run(folder: Path, name: str | None = None, now: float | None = None) ->
         rows = _metrics(folder, _mapping(config), problems)
         summary = _numbers(_json(folder / "summary.json", problems))
         failure = _json(folder / "failure.json", problems)
+        provenance = _json(folder / "provenance.json", problems)
         hydra = _yaml(folder / ".hydra" / "hydra.yaml", problems)
         overrides = _overrides(_yaml(folder / ".hydra" / "overrides.yaml", problems))
         runtime = _mapping(_mapping(_mapping(hydra).get("hydra")).get("runtime"))
@@ -90,7 +93,8 @@ def read_run(folder: Path, name: str | None = None, now: float | None = None) ->
     said = str(failure.get("error", "no reason given"))[:2000] if isinstance(failure, dict) and failure else None
     state = _state(folder, rows, summary, said, _mapping(config), problems, time.time() if now is None else now)
     return RunData(name or folder.name, folder, state, tuple(problems), overrides, choices, _mapping(config),
-                   tuple(rows), summary, said)  # fmt: skip
+                   tuple(rows), summary, _plain(provenance.get("device", "")), number(provenance.get("ranks")),
+                   said)  # fmt: skip
 
 
 def read_runs(paths: Iterable[Path], now: float | None = None) -> list[RunData]:

@@ -25,7 +25,7 @@ def main(folder, *overrides):
         cfg = compose("train", list(overrides))
     OmegaConf.resolve(cfg)
     run = Run(cfg, folder, Display(0, 1))
-    write_provenance(cfg, folder, run.dataset.fingerprint, 0)
+    write_provenance(cfg, folder, run.dataset.fingerprint, 0, 1)
     _, _, groups = loop.step(run, 0)  # so that the adapter's B is not zero any more
     loop.sync(run, groups)
 

@@ -7,6 +7,7 @@ import pytest
 
 from grpo.config import ConfigError
 from grpo.report.curves import read_metrics
+from grpo.report.read import read_run
 from grpo.tracking import NoTracker, RunLog
 
 # All that str.splitlines() takes for the end of a line, and that JSON leaves as it is or escapes.
@@ -50,3 +51,13 @@ def test_metrics_are_read_back_by_whole_lines(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1, "rewards/a\u2028b/mean": 0.5, "loss": None}]
+
+
+def test_a_resumed_run_has_not_ended(tmp_path):
+    log = RunLog(tmp_path, NoTracker())
+    log.metrics(1, {"loss": 0.0})
+    log.summary({"steps": 1})
+    (tmp_path / "failure.json").write_text('{"error": "boom"}')
+    assert read_run(tmp_path).state == "failed"
+    RunLog(tmp_path, NoTracker(), 1)
+    assert read_run(tmp_path).state == "running" and not (tmp_path / "summary.json").exists()

@@ -1,6 +1,7 @@
 """Columns, seeds, intervals and pairs, against numbers worked by hand."""
 
 import csv
+import json
 import math
 
 import pytest
@@ -94,6 +95,29 @@ def test_figures_of_one_run(tmp_path):
     assert f["steps"] == 100 and f["tokens"] == 450_000 and f["hours"] == pytest.approx(130 / 3600)
     assert f["reward"] == pytest.approx(sum(r["reward"] for r in run.rows[-10:]) / 10)
     assert f["accuracy/best"] >= f["accuracy/final"] and f["accuracy/start"] == 0.25
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_legs(tmp_path):
+    old = write_run(tmp_path / "old")  # 100 steps of 1.3 s; its summary counted the last leg only
+    (old / "summary.json").write_text('{"steps": 100, "seconds": 40.0}')
+    assert figures(read_runs([old])[0])["hours"] == pytest.approx(130 / 3600)
+
+
+@pytest.mark.parametrize(("device", "figure", "name"), [("NVIDIA H100 80GB HBM3", "gpu_hours", "GPU-hours"),
+                                                        ("cpu", "device_hours", "device-hours")])  # fmt: skip
+def test_hours_count_the_devices(tmp_path, device, figure, name):
+    new, going = write_run(tmp_path / "s" / "a"), write_run(tmp_path / "s" / "b", finished=False)
+    write_run(tmp_path / "s" / "old")
+    for folder in (new, going):
+        (folder / "provenance.json").write_text(json.dumps({"device": device, "ranks": 4}))
+    (new / "summary.json").write_text('{"steps": 100, "seconds": 200.0, "device_seconds": 500.0}')  # 100 s on 4, then 1
+    a, b, old = map(figures, build([tmp_path / "s"], tmp_path / "out"))
+    assert (a["hours"], a[figure]) == pytest.approx((200 / 3600, 500 / 3600))
+    assert (
+        b[figure] == pytest.approx(4 * 130 / 3600) and figure not in old and old["hours"] == pytest.approx(130 / 3600)
+    )
+    assert f"hours | {name} |" in (tmp_path / "out" / "report.md").read_text()
+    assert device in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_runs_that_logged_nothing_are_not_averaged(tmp_path):
