@@ -150,18 +150,19 @@ def group_metrics(groups: Sequence[Group], reward_BG: Tensor, component_NR: Tens
 def answer_metrics(earned: Sequence[Earned], engine) -> dict[str, float]:
     """Which options are answered, and which are right: a policy that has collapsed to one letter shows here."""
     rows = engine.gather([
-        (e.question.answer, len(e.question.choices), [_answered(c.text, e.question) for c in e.group.completions])
+        (e.question.answer, len(e.question.choices), [answered(c.text, e.question) for c in e.group.completions])
         for e in earned
     ])  # fmt: skip
-    answered = [letter for _, _, letters in rows for letter in letters]
-    out = {"answers/none": answered.count(None) / len(answered)}
+    given = [letter for _, _, letters in rows for letter in letters]
+    out = {"answers/none": given.count(None) / len(given)}
     for i in range(max(n for _, n, _ in rows)):
-        out[f"answers/{chr(ord('A') + i)}"] = answered.count(i) / len(answered)
+        out[f"answers/{chr(ord('A') + i)}"] = given.count(i) / len(given)
         out[f"gold/{chr(ord('A') + i)}"] = sum(gold == i for gold, _, _ in rows) / len(rows)
     return out
 
 
-def _answered(text: str, question) -> int | None:
+def answered(text: str, question) -> int | None:
+    """Index of the option that a completion's first answer block names, None where it names none."""
     return choice(next(iter(parse(text).blocks["answer"]), None), question.choices)
 
 

@@ -295,7 +295,8 @@ class Run:
     def _progress(self) -> dict:
         bonus = getattr(self.objective, "entropy", None)
         return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version,
-                "pending": self.rollouts.state(), "entropy": bonus.state() if bonus else None} | self._cost()  # fmt: skip
+                "pending": self.rollouts.state(), "entropy": bonus.state() if bonus else None,
+                **self._cost()}  # fmt: skip
 
     def _cost(self) -> dict[str, float]:
         """Wall-clock of all legs so far, and times the ranks that each had."""
@@ -332,8 +333,9 @@ class Run:
         summary = {k: state[k] for k in ("accuracy/start", "accuracy/final", "accuracy/best", "completions")}
         summary |= {
             "accuracy/chance": sum(1 / len(q.choices) for q in questions) / len(questions),
-            "questions/heldout": len(questions), "steps": steps, "tokens": self.tokens,
-            "ranks": self.world, "device": device_name(), **self._cost(), "peak_memory_bytes": max(usage) * 1024, "quarantined": len(self.quarantined),
+            "questions/heldout": len(questions), "steps": steps, "tokens": self.tokens, "ranks": self.world,
+            "device": device_name(), **self._cost(), "peak_memory_bytes": max(usage) * 1024,
+            "quarantined": len(self.quarantined),
         }  # fmt: skip
         if self.rank == 0:
             reward = [r["reward"] for r in read_metrics(self.folder) if "reward" in r] or [float("nan")]

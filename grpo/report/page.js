@@ -266,19 +266,8 @@
     }
     return pre;
   }
-  function answers(group) {  // how often each option was answered, by its text or letter
-    const plain = (s) => s.trim().toLowerCase().replace(/\s+/g, " ");
-    const names = group.choices.map(plain), count = group.choices.map(() => 0);
-    for (const row of group.rows) {
-      const m = /<answer>([^<]*)<\/answer>/.exec(row.text);
-      if (!m) continue;
-      const said = plain(m[1]), letter = /^\(?([a-z])[).:]?(?:\s+(.*))?$/.exec(said);
-      let k = names.indexOf(said);
-      if (k < 0 && letter && (letter[2] === undefined || names.includes(letter[2]))) k = letter[2] === undefined ? letter[1].charCodeAt(0) - 97 : names.indexOf(letter[2]);
-      if (k >= 0 && k < count.length) count[k]++;
-    }
-    return count;
-  }
+  // How often each option was answered; nothing of older runs, whose samples do not say.
+  const answers = (group) => group.choices.map((_, i) => group.rows.filter((row) => row.answered === i).length);
 
   if (D.groups.length || D.samplesNote) {
     const state = {run: "", step: "", kind: new Set(), text: "", at: 0, by: ""};
