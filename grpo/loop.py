@@ -142,7 +142,8 @@ def _samples(step: int, earned: Sequence[Earned], advantage_BG: Tensor, names: S
     return [
         {"step": step + 1, "id": q.id, "audio": str(q.audio), "start": q.start, "end": q.end, "question": q.question,
          "choices": list(q.choices), "gold": q.gold, "sample": g, "completion": c.text, "truncated": c.truncated,
-         "answered": answered(c.text, q), "tokens": len(c.token_ids), "rewards": dict(zip(names, e.components[g], strict=True)), "reward": e.totals[g],
+         "answered": answered(c.text, q), "tokens": len(c.token_ids),
+         "rewards": dict(zip(names, e.components[g], strict=True)), "reward": e.totals[g],
          "advantage": advantage_BG[b, g].item(), "clip_sha256": e.group.prompt.clip_sha256, "version": c.version}
         for b, e in enumerate(earned) for q in [e.question] for g, c in enumerate(e.group.completions)
     ]  # fmt: skip
