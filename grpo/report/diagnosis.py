@@ -95,7 +95,8 @@ def no_option(rows: Rows, limits: Limits) -> Finding | None:
         return None
     return Finding(
         "no_option",
-        f"{none:.0%} of the completions name no option in their answer" + (f" ({cut:.0%} were cut)" if cut else ""),
+        f"{none:.0%} of the completions name no option in their answer"
+        + (f" ({cut:.0%} were cut)" if (cut or 0.0) >= 0.005 else ""),
         "look at the answers in samples.jsonl, ask for the option's letter in the prompt, raise the format reward",
     )
 

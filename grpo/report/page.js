@@ -156,6 +156,10 @@
     for (let t = Math.ceil(low / step) * step; t <= high + step * 1e-9 && out.length < 12; t += step) out.push(+t.toPrecision(12));
     return out;
   }
+  function label(t) {  // of a tick: as many digits as tell it from its neighbours
+    const a = Math.abs(t), whole = (v) => String(+v.toPrecision(6));
+    return a >= 1e6 ? whole(t / 1e6) + " M" : a >= 1e4 ? t.toLocaleString("en") : whole(t);
+  }
   function chart(metric, mode, width) {
     const all = series(metric, mode, width), W = 340, H = 190, L = 42, R = 8, T = 8, B = 22;
     if (!all.length) return null;
@@ -177,7 +181,7 @@
     const cross = h("line", {class: "cross", y1: T, y2: H - B, visibility: "hidden"});
     const svg = h("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": metric},
       h("clipPath", {id: clip}, h("rect", {x: L, y: T, width: W - L - R, height: H - B - T})),
-      ticks(low, high, 4).map((t) => [h("line", {class: "grid", x1: L, x2: W - R, y1: f(Y(t)), y2: f(Y(t))}), h("text", {x: L - 6, y: f(Y(t) + 3.5), "text-anchor": "end"}, num(t, high - low < 0.05 ? 4 : 2).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, ""))]),
+      ticks(low, high, 6).map((t) => [h("line", {class: "grid", x1: L, x2: W - R, y1: f(Y(t)), y2: f(Y(t))}), h("text", {x: L - 6, y: f(Y(t) + 3.5), "text-anchor": "end"}, label(t))]),
       ticks(x0, x1, 5).map((t) => h("text", {x: f(X(t)), y: H - 7, "text-anchor": "middle"}, num(t, 0))),
       metric === "accuracy/heldout" && D.chance != null && [h("line", {class: "cross", x1: L, x2: W - R, y1: f(Y(D.chance)), y2: f(Y(D.chance))}), h("text", {x: W - R, y: f(Y(D.chance) - 4), "text-anchor": "end"}, "chance")],
       h("g", {"clip-path": `url(#${clip})`},

@@ -26,7 +26,7 @@ COMPARED = ("accuracy/final", "accuracy/best", "reward")  # figures of the paire
 FIRST = (
     "accuracy/heldout", "reward", "rewards/accuracy/mean", "rewards/format/mean", "rewards/length/mean",
     "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std", "kl", "entropy", "grad_norm",
-    "clip_ratio/high_mean", "clip_ratio/low_mean", "sampling/sampling_logp_difference/mean",
+    "clip_ratio/high_mean", "clip_ratio/low_mean", "sampling/sampling_logp_difference/mean", "tokens_per_second",
 )  # fmt: skip
 NAMES = {
     "accuracy/heldout": "held-out accuracy", "accuracy/start": "accuracy, start", "accuracy/final": "accuracy, final",
@@ -140,12 +140,14 @@ def _plural(n: int, word: str) -> str:
 
 
 def _label(run: RunData, columns: Sequence[str]) -> str:
-    return ", ".join(f"{c}={run.value(c)}" for c in columns if run.value(c))
+    """What tells the run apart, unless its name, that of a multirun's folder, says just that."""
+    values = [f"{c}={run.value(c)}" for c in columns if run.value(c)]
+    return "" if ",".join(values) == run.name else ", ".join(values)
 
 
 def _unfinished(group: Setting) -> str:
     n = sum(r.state != "finished" for r in group.runs)
-    return f"{n} not finished" if n else ""
+    return f"{n} unfinished" if n else ""
 
 
 def _estimate(group: Setting, name: str) -> list | None:
@@ -206,7 +208,7 @@ def _stride(runs: Sequence[RunData]) -> int:
 def _curves_note(runs: Sequence[RunData]) -> str:
     stride = _stride(runs)
     mean = f"Each point is the mean of {stride} steps. " if stride > 1 else ""
-    return (f"{mean}Lines are means over seeds, bands reach from the lowest to the highest seed; where fewer than half "
+    return (f"Each is drawn over the training step. {mean}Lines are means over seeds, bands reach from the lowest to the highest seed; where fewer than half "
             "of the seeds have got to, the line ends. Click a setting to bring it out.")  # fmt: skip
 
 

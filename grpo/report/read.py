@@ -170,11 +170,11 @@ def _metrics(folder: Path, config: Mapping, problems: list[str]) -> list[dict]:
     except OSError as error:
         problems.append(f"metrics.jsonl could not be read ({error.strerror or error})")
     if counts.get("bad"):
-        problems.append(f"metrics.jsonl: {counts['bad']} lines are not metrics and were left out")
+        problems.append(f"metrics.jsonl: {_count(counts['bad'], 'line')} left out: no metrics")
     if counts.get("beyond"):
-        problems.append(f"metrics.jsonl: {counts['beyond']} lines are of steps beyond {most:.0f} and were left out")
+        problems.append(f"metrics.jsonl: {_count(counts['beyond'], 'line')} left out: steps beyond {most:.0f}")
     if counts.get("huge"):
-        problems.append(f"metrics.jsonl: {counts['huge']} numbers beyond {MAX_NUMBER:.0e} were taken for none")
+        problems.append(f"metrics.jsonl: {_count(counts['huge'], 'number')} left out: beyond {MAX_NUMBER:.0e}")
     if counts.get("unread"):
         problems.append(f"metrics.jsonl: larger than {MAX_FILE // 10**6} MB, read up to there")
     if not rows and not counts.get("bad") and not counts.get("beyond"):
@@ -234,6 +234,10 @@ def _overrides(value) -> dict[str, str]:
     # Only text: writing out a nested value could take for ever (YAML aliases multiply).
     pairs = (v.partition("=") for v in value if isinstance(v, str)) if isinstance(value, list) else ()
     return {key.lstrip("+").strip()[:200]: text.strip()[:500] for key, sign, text in pairs if sign}
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
 
 
 def _mapping(value) -> Mapping:

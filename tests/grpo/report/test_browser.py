@@ -79,6 +79,9 @@ def test_curves_draw_and_explain_themselves(page):
     assert count(page, ".chart") >= 10 and count(page, ".chart .band") > 0
     first = page.js("document.querySelector('.chart .line').getAttribute('d')")
     assert first.startswith("M") and "NaN" not in page.js("document.querySelector('.charts').innerHTML")
+    ticks = page.js("""[...document.querySelectorAll('.chart svg')].map(s =>
+        [...s.querySelectorAll('text[text-anchor=end]')].map(t => t.textContent))""")
+    assert all(len(set(labels)) == len(labels) >= 2 for labels in ticks), ticks
     page.hover(".chart:nth-child(2) svg")
     assert page.js("document.getElementById('tip').hidden") is False
     assert "step" in page.js("document.getElementById('tip').textContent")

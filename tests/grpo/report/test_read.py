@@ -53,12 +53,12 @@ def test_a_line_that_is_being_written_is_no_fault(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("metrics.jsonl", b"\xff\xfe\x00garbage\n[1, 2]\n{}\n", "3 lines are not metrics"),
+        ("metrics.jsonl", b"\xff\xfe\x00garbage\n[1, 2]\n{}\n", "3 lines left out: no metrics"),
         ("metrics.jsonl", b"", "no complete line"),
         ("metrics.jsonl", None, "no metrics.jsonl"),
         ("metrics.jsonl", b'{"step": 1e400}\n{"step": -1}\n{"step": "1"}\n{"step": 1.5}\n{"step": true}\n', "5 lines"),
-        ("metrics.jsonl", b"[" * 100_000 + b"\n", "1 lines"),
-        ("metrics.jsonl", b'{"step": 1' + b"0" * 5000 + b"}\n", "1 lines"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n", "1 line left out"),
+        ("metrics.jsonl", b'{"step": 1' + b"0" * 5000 + b"}\n", "1 line left out"),
         ("summary.json", b"{", "summary.json"),
         ("config.yaml", b"a: [", "config.yaml"),
         ("config.yaml", b"!!python/object/apply:os.system [echo]", "config.yaml"),
@@ -94,7 +94,7 @@ def test_a_number_that_overflows_costs_only_itself(tmp_path, metric, value):
     rows = [row | {metric: value} for row in healthy_rows(300)]
     (bad / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     runs = {r.name: r for r in build([tmp_path / "s"], tmp_path / "out")}
-    assert runs[bad.name].problems == ("metrics.jsonl: 301 numbers beyond 1e+100 were taken for none",)
+    assert runs[bad.name].problems == ("metrics.jsonl: 301 numbers left out: beyond 1e+100",)
     assert all(r.problems == () for n, r in runs.items() if n != bad.name) and len(runs) == 4
 
 
@@ -108,8 +108,7 @@ def test_a_step_beyond_the_run_squeezes_no_curve(tmp_path, config):
         file.write('{"step": 1e12, "reward": 1.0}\n')
     runs = build([tmp_path / "s"], tmp_path / "out")
     assert [len(r.rows) for r in runs] == [61, 61]
-    assert runs[1].problems == (f"metrics.jsonl: 1 lines are of steps beyond {60 if config else 10**9} and were left "
-                                "out",)  # fmt: skip
+    assert runs[1].problems == (f"metrics.jsonl: 1 line left out: steps beyond {60 if config else 10**9}",)
     assert '"x":[1,2,3,' in (tmp_path / "out" / "report.html").read_text()
 
 
