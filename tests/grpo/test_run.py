@@ -1,72 +1,100 @@
-"""What a run keeps count of beside the maths: its time over resumes, its tokens a second."""
+"""What a run keeps count of beside the maths, over stops and resumes: its time, its devices, its tokens a second."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
 from grpo import run as module
+from grpo.report.compare import figures
+from grpo.report.read import read_run
 from grpo.run import Run
+from tests.conftest import OneRank, make_question
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The seconds that a run sees, moved by hand."""
+    """The seconds that a run sees: a step takes 8 of them, 600 tokens a rank; the model and the picture are left out."""
     now = SimpleNamespace(seconds=1000.0)
+
+    def step(run, number):
+        with run.clock("update"):
+            now.seconds += 8
+        run.tokens += 600 * run.world
+        return {"reward": 1.0, "completions/mean_length": 5.0}, [], []
+
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(module.loop, "step", step)
+    monkeypatch.setattr(module.loop, "sync", lambda run, groups: {})
+    monkeypatch.setattr(module, "curves", lambda folder: None)
+    monkeypatch.setattr(Run, "header", lambda run: "")
+    monkeypatch.setattr(Run, "heldout_accuracy", lambda run: 0.5)
     return now
 
 
-def leg(folder, clock, *, world, saved=None):
-    """A run at the start of one leg, its policy, data and engine left out; `saved` is the checkpoint it resumes."""
-    run = object.__new__(Run)
-    cfg = OmegaConf.create({"rollout": {}, "resume": saved is not None})
-    OmegaConf.save(cfg, folder / "config.yaml")
+class Saved:
+    """Checkpoints in memory: each stays what JSON makes of it."""
+
+    state = None
+
+    def save(self, step, policy, engine, state, best):
+        self.state = json.dumps(state | {"step": step})
+
+    def load(self, engine):
+        return json.loads(self.state)
+
+
+def leg(folder, saved, clock, *, ranks=1, stop_at=None, resume=False, seen=lambda: None):
+    """One leg of a run of 6 steps, with a checkpoint every 2nd. `seen` is called at the end of each step."""
+    run, nothing = object.__new__(Run), lambda *_, **__: None
+    cfg = OmegaConf.create({"tracking": {"_target_": "grpo.tracking.NoTracker"}, "rollout": {}, "steps": 6})
     vars(run).update(
-        cfg=cfg, folder=folder, world=world, rank=0, engine=None, tokens=0, version=0, quarantined={}, objective=None,
-        checkpoints=SimpleNamespace(load=lambda engine: dict(saved)),
-        rollouts=SimpleNamespace(state=lambda: None, load_state=lambda step, pending: None),
-        sync=SimpleNamespace(push=lambda version: None), display=SimpleNamespace(say=lambda text: None),
-        before={"seconds": 0.0, "device_seconds": 0.0}, began=clock.seconds,
+        cfg=cfg, folder=folder, world=ranks, rank=0, engine=OneRank(), policy=None, objective=None, checkpoints=saved,
+        tokens=0, version=0, quarantined={}, before={"seconds": 0.0, "device_seconds": 0.0}, clock=module.Clock(),
+        settings=SimpleNamespace(steps=6, stop_at=stop_at, resume=resume, traced_steps=0, reference_every=None,
+                                 eval_every=9, questions=2, generations=2, checkpoint_every=2, samples_every=9),
+        dataset=SimpleNamespace(fingerprint="f", eval=[make_question("q")], train=[]),
+        sampler=SimpleNamespace(epoch=lambda step: 0.5), sync=SimpleNamespace(push=nothing),
+        rollouts=SimpleNamespace(state=nothing, load_state=nothing),
+        display=SimpleNamespace(say=nothing, start=nothing, stop=nothing, samples=nothing,
+                                update=lambda step, figures: seen()),
     )  # fmt: skip
-    if saved:
-        assert run._restore() == {"step": 3, "completions": 0}  # what is counted elsewhere is no part of the state
-    return run
+    return run._train()
 
 
-def test_the_seconds_of_every_leg_are_counted_with_the_ranks_it_had(tmp_path, clock):
-    first = leg(tmp_path, clock, world=4)
-    clock.seconds += 100
-    saved = {"step": 3, "completions": 0} | first._progress()
+def test_the_time_of_all_legs_with_the_ranks_each_had(tmp_path, clock):
+    saved, states = Saved(), []
+    first = leg(tmp_path, saved, clock, ranks=4, stop_at=2)
+    assert (first["seconds"], first["device_seconds"], first["ranks"]) == (16, 64, 4)
+    assert read_run(tmp_path).state == "stopped"
     clock.seconds += 5000  # nothing runs
-    second = leg(tmp_path, clock, world=1, saved=saved)
-    clock.seconds += 20
-    assert second._cost() == {"seconds": 120.0, "device_seconds": 420.0}
-    third = leg(tmp_path, clock, world=2, saved=saved | second._progress())
-    clock.seconds += 1
-    assert third._cost() == {"seconds": 121.0, "device_seconds": 422.0}
+    leg(tmp_path, saved, clock, resume=True, stop_at=4, seen=lambda: states.append(read_run(tmp_path).state))
+    assert states == ["running"] * 2  # not stopped: the summary of the leg before is gone
+    last = leg(tmp_path, saved, clock, ranks=2, resume=True)
+    assert (last["seconds"], last["device_seconds"], last["tokens"]) == (48, 64 + 16 + 32, 600 * (2 * 4 + 2 + 2 * 2))
+    run = read_run(tmp_path)
+    assert run.state == "finished" and run.device == last["device"] and run.ranks == 4
+    hours = figures(run)
+    assert hours["hours"] == pytest.approx(48 / 3600)
+    assert hours.get("gpu_hours", hours.get("device_hours")) == pytest.approx(112 / 3600)
 
 
 def test_a_checkpoint_from_before_seconds_were_kept_resumes(tmp_path, clock):
-    saved = {"step": 3, "completions": 0} | leg(tmp_path, clock, world=1)._progress()
-    del saved["seconds"], saved["device_seconds"]
-    run = leg(tmp_path, clock, world=1, saved=saved)
-    clock.seconds += 7
-    assert run._cost() == {"seconds": 7.0, "device_seconds": 7.0}
+    saved = Saved()
+    leg(tmp_path, saved, clock, stop_at=4)
+    saved.state = json.dumps({k: v for k, v in json.loads(saved.state).items() if not k.endswith("seconds")})
+    assert leg(tmp_path, saved, clock, resume=True)["seconds"] == 16  # of its own leg
+    assert figures(read_run(tmp_path))["hours"] == pytest.approx(48 / 3600)  # by the times of its steps
 
 
-@pytest.mark.parametrize(("tokens", "wanted"), [(600, 75.0), (None, None)])
-def test_tokens_per_second_are_of_the_step_and_its_whole_time(tmp_path, clock, monkeypatch, tokens, wanted):
-    run, logged = leg(tmp_path, clock, world=2), {}
-    monkeypatch.setattr(module.loop, "sync", lambda run, groups: {})
-    monkeypatch.setattr(Run, "_figures", lambda self, metrics, state: {})
-    run.settings = SimpleNamespace(reference_every=None, eval_every=5, steps=9, questions=2, generations=2,
-                                   checkpoint_every=5, samples_every=5)  # fmt: skip
-    run.clock, run.sampler = module.Clock(), SimpleNamespace(epoch=lambda step: 0.5)
-    run.display.update = lambda step, figures: None
-    for stage, seconds in [("rollout", 6.0), ("update", 2.0)]:
-        with run.clock(stage):
-            clock.seconds += seconds
-    log = SimpleNamespace(metrics=lambda step, values: logged.update(values), samples=lambda rows: None)
-    run._finish(2, metrics={}, rows=[], groups=[], state={"completions": 0}, log=log, end=9, tokens=tokens)
-    assert logged["step_time"] == 8.0 and logged.get("tokens_per_second") == wanted  # 600 tokens in 6 + 2 seconds
+def test_tokens_per_second_are_of_one_step_over_all_ranks(tmp_path, clock):
+    saved = Saved()
+    leg(tmp_path, saved, clock, ranks=2, stop_at=2)
+    unfinished = {"metrics": {"reward": 1.0, "completions/mean_length": 5.0}, "rows": []}
+    saved.state = json.dumps(json.loads(saved.state) | {"step": 3, "unfinished": unfinished})
+    clock.seconds += 50
+    leg(tmp_path, saved, clock, resume=True)
+    rows = read_run(tmp_path).rows
+    # 600 tokens a rank in 8 seconds; step 3 began in another process, so that its time is not known
+    assert [r.get("tokens_per_second") for r in rows] == [None, 150, 150, None, 75, 75, 75]
