@@ -208,8 +208,8 @@ def _stride(runs: Sequence[RunData]) -> int:
 def _curves_note(runs: Sequence[RunData]) -> str:
     stride = _stride(runs)
     mean = f"Each point is the mean of {stride} steps. " if stride > 1 else ""
-    return (f"Each is drawn over the step. {mean}Lines are means over seeds, bands reach from the lowest to the highest "
-            "seed; where fewer than half of the seeds have got to, the line ends. Click a setting to bring it "
+    return (f"Each is drawn over the step. {mean}Lines are means over seeds, bands reach from the lowest to the "
+            "highest seed; where fewer than half of the seeds have got to, the line ends. Click a setting to bring it "
             "out.")  # fmt: skip
 
 

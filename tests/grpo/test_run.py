@@ -15,7 +15,7 @@ from tests.conftest import OneRank, make_question
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The seconds that a run sees: a step takes 8 of them, 600 tokens a rank; the model and the picture are left out."""
+    """The seconds that a run sees: a step takes 8 of them and 600 tokens a rank; model and picture are left out."""
     now = SimpleNamespace(seconds=1000.0)
 
     def step(run, number):
