@@ -161,7 +161,7 @@
     return a >= 1e6 ? whole(t / 1e6) + " M" : a >= 1e4 ? t.toLocaleString("en") : whole(t);
   }
   function chart(metric, mode, width) {
-    const all = series(metric, mode, width), W = 340, H = 190, L = 42, R = 8, T = 8, B = 22;
+    const all = series(metric, mode, width), W = 340, H = 190, L = 50, R = 8, T = 8, B = 22;
     if (!all.length) return null;
     const ys = all.flatMap((s) => s.band ? s.band.flatMap((b) => [b[1], b[2]]) : s.pts.map((p) => p[1])).sort((a, b) => a - b);
     let low = ys[0], high = ys[ys.length - 1], note = "";

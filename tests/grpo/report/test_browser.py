@@ -82,6 +82,7 @@ def test_curves_draw_and_explain_themselves(page):
     ticks = page.js("""[...document.querySelectorAll('.chart svg')].map(s =>
         [...s.querySelectorAll('text[text-anchor=end]')].map(t => t.textContent))""")
     assert all(len(set(labels)) == len(labels) >= 2 for labels in ticks), ticks
+    assert page.js("Math.min(...[...document.querySelectorAll('.chart svg text')].map(t => t.getBBox().x))") >= 0
     page.hover(".chart:nth-child(2) svg")
     assert page.js("document.getElementById('tip').hidden") is False
     assert "step" in page.js("document.getElementById('tip').textContent")
