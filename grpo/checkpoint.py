@@ -35,7 +35,7 @@ class Checkpoints:
         tensors = engine.state()
         if engine.rank == 0:
             save_file(tensors, temporary / "trainer.safetensors")
-            write_json(temporary / "trainer.json", {"step": step, **state})
+            write_json(temporary / "trainer.json", {**state, "step": step})  # a resumed state has one
             if final.exists():  # saved before at this step: it stays whole until the new one has its name
                 shutil.rmtree(self._aside(final), ignore_errors=True)
                 os.replace(final, self._aside(final))

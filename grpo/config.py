@@ -29,6 +29,13 @@ class RunError(RuntimeError):
     """A run that cannot go on: says why, and from where it can."""
 
 
+# Keys that say how long, how visibly, how fast or where a run goes on, not what it does: a resumed run may change them,
+# a multirun's finished job fits whatever they are, and they are no column of the report.
+FREE_ON_RESUME = frozenset(
+    "bench resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
+    "dry_run engine".split()
+)
+
 # Keys of `rollout` that are the run's, whatever the engine (conf/train.yaml).
 ROLLOUT_KEYS = ("lag", "correction", "correction_level", "correction_cap")
 

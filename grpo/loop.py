@@ -14,7 +14,7 @@ from grpo import record
 from grpo.advantage import advantages
 from grpo.batch import Group, LossInputs, needs, pad_rows, quantile
 from grpo.collect import Earned, collect
-from grpo.metrics import Accumulator, answer_metrics, group_metrics, mismatch
+from grpo.metrics import Accumulator, answer_metrics, answered, group_metrics, mismatch
 from grpo.micro import frozen, micro_batches
 from grpo.rollout import sample_seed
 
@@ -142,7 +142,8 @@ def _samples(step: int, earned: Sequence[Earned], advantage_BG: Tensor, names: S
     return [
         {"step": step + 1, "id": q.id, "audio": str(q.audio), "start": q.start, "end": q.end, "question": q.question,
          "choices": list(q.choices), "gold": q.gold, "sample": g, "completion": c.text, "truncated": c.truncated,
-         "tokens": len(c.token_ids), "rewards": dict(zip(names, e.components[g], strict=True)), "reward": e.totals[g],
+         "answered": answered(c.text, q), "tokens": len(c.token_ids),
+         "rewards": dict(zip(names, e.components[g], strict=True)), "reward": e.totals[g],
          "advantage": advantage_BG[b, g].item(), "clip_sha256": e.group.prompt.clip_sha256, "version": c.version}
         for b, e in enumerate(earned) for q in [e.question] for g, c in enumerate(e.group.completions)
     ]  # fmt: skip

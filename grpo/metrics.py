@@ -57,6 +57,7 @@ clip_ratio/region_mean: either",
     "accuracy/heldout": "greedy accuracy on the held-out questions (evaluation steps only)",
     "accuracy/<bench>": "the same, strict, on a benchmark of `bench` (a slice with eval.questions)",
     "step_time": "seconds for the step; time/<stage> its parts",
+    "tokens_per_second": "prompt and completion tokens that the step processed, over step_time; all ranks together",
 }
 
 
@@ -157,18 +158,19 @@ def group_metrics(groups: Sequence[Group], reward_BG: Tensor, component_NR: Tens
 def answer_metrics(earned: Sequence[Earned], engine) -> dict[str, float]:
     """Which options are answered, and which are right: a policy that has collapsed to one letter shows here."""
     rows = engine.gather([
-        (e.question.answer, len(e.question.choices), [_answered(c.text, e.question) for c in e.group.completions])
+        (e.question.answer, len(e.question.choices), [answered(c.text, e.question) for c in e.group.completions])
         for e in earned
     ])  # fmt: skip
-    answered = [letter for _, _, letters in rows for letter in letters]
-    out = {"answers/none": answered.count(None) / len(answered)}
+    given = [letter for _, _, letters in rows for letter in letters]
+    out = {"answers/none": given.count(None) / len(given)}
     for i in range(max(n for _, n, _ in rows)):
-        out[f"answers/{chr(ord('A') + i)}"] = answered.count(i) / len(answered)
+        out[f"answers/{chr(ord('A') + i)}"] = given.count(i) / len(given)
         out[f"gold/{chr(ord('A') + i)}"] = sum(gold == i for gold, _, _ in rows) / len(rows)
     return out
 
 
-def _answered(text: str, question) -> int | None:
+def answered(text: str, question) -> int | None:
+    """Index of the option that a completion's first answer block names, None where it names none."""
     return choice(next(iter(parse(text).blocks["answer"]), None), question.choices)
 
 

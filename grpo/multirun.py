@@ -34,11 +34,8 @@ from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-# As in grpo/run.py, which would bring torch with it; a test holds them equal.
-FREE_ON_RESUME = set(
-    "bench resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
-    "dry_run engine".split()
-)
+from grpo.config import FREE_ON_RESUME
+
 CALM = 0.2  # seconds between two looks at the running jobs
 
 

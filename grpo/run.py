@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import random
 import resource
@@ -28,6 +27,7 @@ from grpo.batch import Group, moves_without_advantage, needs
 from grpo.benchmark import benchmarks
 from grpo.checkpoint import Checkpoints, write_json
 from grpo.config import (
+    FREE_ON_RESUME,
     ROLLOUT_KEYS,
     ConfigError,
     RunError,
@@ -45,17 +45,12 @@ from grpo.loss.formula import describe
 from grpo.policy import Policy
 from grpo.predict import heldout_accuracy, prompt_hash, spread
 from grpo.report import closing_lines, curves
+from grpo.report.curves import read_metrics
 from grpo.rollout import RolloutError
 from grpo.rollout.lag import Rollouts
 from grpo.sync.names import SyncError
 from grpo.tracking import NoTracker, RunLog
 from rewards.weighted import RewardError
-
-# Keys that may differ between a run and its resumption: they change how long or how visibly it runs, not what it does.
-FREE_ON_RESUME = set(
-    "bench resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
-    "dry_run engine".split()
-)
 
 # Of the rollout engine only these must stay: where and how fast it samples is free.
 KEPT_OF_ROLLOUT = {"_target_", "top_p", "top_k", "min_p", *ROLLOUT_KEYS}
@@ -144,6 +139,7 @@ class Run:
         self.clock = Clock()
         self.encode = Loader(self._encode, keep=s.encoded, workers=s.workers)
         self.version = self.tokens = 0
+        self.before = {"seconds": 0.0, "device_seconds": 0.0}  # of the legs that this one resumes
 
     def _encode(self, question):
         """Question -> Encoded. Raises ClipError when its audio cannot be read."""
@@ -206,7 +202,7 @@ class Run:
 
     def _train(self) -> dict:
         s, show = self.settings, self.display
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         show.say(self.header())
         state = self._restore() if s.resume else None
         if state is None and (self.folder / "metrics.jsonl").exists():
@@ -218,7 +214,8 @@ class Run:
         tracker.start(self.folder, OmegaConf.to_container(self.cfg, resolve=True), self.folder.name)
         log = RunLog(self.folder, tracker, first if state else -1) if self.rank == 0 else None
         if state is None:
-            write_provenance(self.cfg, self.folder, facts(self.dataset, self.policy), self.rank)
+            about = facts(self.dataset, self.policy) | {"device": device_name(), "ranks": self.world}
+            write_provenance(self.cfg, self.folder, about, self.rank)
             scores = self.evaluate()
             start = scores["accuracy/heldout"]
             state = {"accuracy/start": start, "accuracy/best": start, "accuracy/final": start, "completions": 0}
@@ -239,7 +236,7 @@ class Run:
                     done, tokens = None, self.tokens
                     metrics, rows, groups = loop.step(self, trained)
                     trained, done = trained + 1, {"metrics": metrics, "rows": self.engine.gather(rows)}
-                    finish(trained, **done, groups=groups)
+                    finish(trained, **done, groups=groups, tokens=self.tokens - tokens)
                     tick()
         except (RolloutError, SyncError, RewardError, FloatingPointError) as error:
             if trained == 0:
@@ -251,7 +248,7 @@ class Run:
             raise RunError(f"{error}\nThe checkpoint of step {trained} is written: when the cause is mended, go on "
                                f"with name={self.folder.name} resume=true") from error  # fmt: skip
         show.stop()
-        summary = self._summary(state, end, time.perf_counter() - began)
+        summary = self._summary(state, end)
         if self.rank == 0:
             log.summary(summary)
             curves(self.folder)
@@ -259,8 +256,9 @@ class Run:
         return summary
 
     def _finish(self, step: int, *, metrics: Mapping, rows: list[dict], groups: Sequence[Group], state: dict,
-                log: RunLog | None, end: int) -> None:  # fmt: skip
-        """What follows a step's updates: sync, evaluation, checkpoint, log. `step` counts from 1."""
+                log: RunLog | None, end: int, tokens: int | None = None) -> None:  # fmt: skip
+        """What follows a step's updates: sync, evaluation, checkpoint, log. `step` counts from 1; `tokens` are the
+        step's over all ranks, None where its time is not known for a part of it was before a resume."""
         s = self.settings
         metrics = metrics | loop.sync(self, groups)
         if s.reference_every and step % s.reference_every == 0:
@@ -279,6 +277,8 @@ class Run:
                 self.checkpoints.save(step, self.policy, self.engine, state | self._progress(), best=best)
         times = self.clock.take()
         metrics |= times | {"step_time": sum(times.values())}
+        if tokens is not None:
+            metrics["tokens_per_second"] = tokens / metrics["step_time"]
         if self.rank == 0:
             log.metrics(step, metrics)
             log.samples(rows)
@@ -296,7 +296,14 @@ class Run:
     def _progress(self) -> dict:
         bonus = getattr(self.objective, "entropy", None)
         return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version,
-                "pending": self.rollouts.state(), "entropy": bonus.state() if bonus else None}  # fmt: skip
+                "pending": self.rollouts.state(), "entropy": bonus.state() if bonus else None,
+                **self._cost()}  # fmt: skip
+
+    def _cost(self) -> dict[str, float]:
+        """Wall-clock of all legs so far, and times the ranks that each had."""
+        leg = time.perf_counter() - self.began
+        return {"seconds": self.before["seconds"] + leg,
+                "device_seconds": self.before["device_seconds"] + leg * self.world}  # fmt: skip
 
     def _restore(self) -> dict:
         state = self.checkpoints.load(self.engine)
@@ -312,6 +319,7 @@ class Run:
                               f"give the same overrides as before, or start a new run")  # fmt: skip
         self.tokens, self.version = state.pop("tokens"), state.pop("version")
         self.quarantined = state.pop("quarantined")
+        self.before = {name: state.pop(name, 0.0) for name in self.before}
         if (entropy := state.pop("entropy")) is not None:
             self.objective.entropy.load_state(entropy)
         self.rollouts.load_state(state["step"], state.pop("pending"))
@@ -320,18 +328,18 @@ class Run:
         self.display.say(f"resumed {self.folder} after step {state['step']}")
         return state
 
-    def _summary(self, state: dict, steps: int, seconds: float) -> dict:
+    def _summary(self, state: dict, steps: int) -> dict:
         questions = self.heldout
         usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         summary = {k: state[k] for k in ("accuracy/start", "accuracy/final", "accuracy/best", "completions")}
         summary |= {
             "accuracy/chance": sum(1 / len(q.choices) for q in questions) / len(questions),
-            "questions/heldout": len(questions), "steps": steps, "tokens": self.tokens, "seconds": seconds,
-            "peak_memory_bytes": max(usage) * 1024, "quarantined": len(self.quarantined),
+            "questions/heldout": len(questions), "steps": steps, "tokens": self.tokens, "ranks": self.world,
+            "device": device_name(), **self._cost(), "peak_memory_bytes": max(usage) * 1024,
+            "quarantined": len(self.quarantined),
         }  # fmt: skip
         if self.rank == 0:
-            rows = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            reward = [r["reward"] for r in map(json.loads, rows) if "reward" in r] or [float("nan")]
+            reward = [r["reward"] for r in read_metrics(self.folder) if "reward" in r] or [float("nan")]
             summary |= {"reward/first": float(np.mean(reward[:10])), "reward/last": float(np.mean(reward[-10:]))}
         return summary
 
@@ -376,6 +384,11 @@ def facts(dataset, policy) -> dict:
     }
     return {"data_fingerprint": dataset.fingerprint, "prompt_hash": prompt_hash(policy),
             "data": {"train": len(dataset.train), "eval": len(dataset.eval), **counts}}  # fmt: skip
+
+
+def device_name() -> str:
+    """Kind of the device that a rank trains on: as CUDA calls it, or cpu."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def write_provenance(cfg: DictConfig, folder: Path, facts: Mapping, rank: int) -> None:

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from grpo.checkpoint import write_json
+from grpo.config import ConfigError
 
 
 class RunLog:
     """The files of one run. Step 0 is the state before training. On resume, lines of steps after `done` are dropped:
-    they will be written again."""
+    they will be written again. So is what says how the leg before ended: the run goes on."""
 
     def __init__(self, folder: Path, tracker, done: int = -1):
         self.folder, self.tracker = Path(folder), tracker
         for name in ("metrics.jsonl", "samples.jsonl"):
             self._keep(self.folder / name, done)
+        for name in ("summary.json", "failure.json"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._append("metrics.jsonl", {"step": step, **values})
@@ -40,18 +43,21 @@ class RunLog:
 
     @staticmethod
     def _keep(path: Path, done: int) -> None:
+        """Raises ConfigError for a whole line that is no JSON: what follows it must not get lost unseen."""
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the half line of a killed run
-            if row["step"] <= done:
-                kept.append(line)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        # As bytes, whose lines end at \n alone: a completion may hold U+2028, and a kill may cut a character in two.
+        with path.open("rb") as old, temporary.open("wb") as new:
+            for i, line in enumerate(old, 1):
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    if not line.endswith(b"\n"):
+                        break  # the half line of a killed run
+                    raise ConfigError(f"{path}, line {i} is not JSON: mend or remove it before you resume") from error
+                if row["step"] <= done:
+                    new.write(line.removesuffix(b"\n") + b"\n")
         temporary.replace(path)
 
 

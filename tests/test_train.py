@@ -49,7 +49,8 @@ def lines(work, name, file="metrics.jsonl"):
 
 
 def timeless(rows):
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "step_time"} for row in rows]
+    clock = ("step_time", "tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k not in clock} for row in rows]
 
 
 @pytest.fixture(scope="module")

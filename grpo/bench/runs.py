@@ -6,7 +6,6 @@ that slows down slows all of them; a figure is the median over the steps of all 
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -14,6 +13,8 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from grpo.report.curves import read_metrics
 
 STAGES = ("time/rollout", "time/sync", "time/update", "step_time")
 LONG = ["data.eval.count=8", "eval.every=100000", "checkpoint.every=100000", "samples.every=100000", "tracking=none"]
@@ -51,8 +52,7 @@ def one_run(folder: Path, overrides: Sequence[str], skip: int) -> list[dict[str,
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-3000:]}")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{stage: row.get(stage, 0.0) for stage in STAGES} for row in rows if row["step"] > skip]
+    return [{stage: row.get(stage, 0.0) for stage in STAGES} for row in read_metrics(folder) if row["step"] > skip]
 
 
 def measure(cases: Mapping[str, Sequence[str]], shared: Sequence[str], *, rounds: int, skip: int) -> dict[str, dict]:

@@ -6,15 +6,14 @@ A setting is what runs share when the seed is left out. Intervals are 95 % by St
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from grpo.config import FREE_ON_RESUME
 from grpo.report.read import RunData
 
 SEED = "seed"
-# Overrides that say how long or how visibly a run went on, not what it did: never a column.
-NOT_A_SETTING = {"resume", "stop_at", "name", "tracking", "cache", "encoded", "dry_run"}
-NOT_A_SETTING_GROUP = ("hydra.", "hydra/", "checkpoint.", "log.", "samples.", "tracking.")
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom (any statistics table).
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -169,11 +168,14 @@ def figures(run: RunData, until: float | None = None) -> dict[str, float | None]
     for name in ("completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std", "kl", "entropy"):
         out[name] = _end(run, name)
     tokens = run.series("num_tokens")
-    seconds = run.summary.get("seconds")
-    if seconds is None and (times := run.series("step_time")):
-        seconds = math.fsum(v for _, v in times)
     out["tokens"] = tokens[-1][1] if tokens else run.summary.get("tokens")
+    # A run under way has no summary yet, and older runs' counts only the time since they were resumed.
+    known = [run.summary.get("seconds"), math.fsum(v for _, v in run.series("step_time")) or None]
+    seconds = max((s for s in known if s is not None), default=None)
     out["hours"] = None if seconds is None else seconds / 3600
+    if run.device and run.ranks and seconds is not None:
+        spent = run.summary.get("device_seconds", seconds * run.ranks)
+        out["device_hours" if run.device == "cpu" else "gpu_hours"] = spent / 3600
     return out
 
 
@@ -200,4 +202,4 @@ def _by_seed(group: Setting) -> Mapping[str, RunData]:
 
 
 def _is_setting(key: str) -> bool:
-    return key not in NOT_A_SETTING and not key.startswith(NOT_A_SETTING_GROUP)
+    return re.split("[./]", key, maxsplit=1)[0] not in FREE_ON_RESUME | {"hydra"}

@@ -7,11 +7,12 @@ from pathlib import Path
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl. Raises FileNotFoundError with the folder's name if it has none."""
+    """The whole lines of metrics.jsonl. Raises FileNotFoundError with the folder's name if it has none."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no metrics.jsonl: is it a run folder?")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open("rb") as file:  # as bytes, whose lines end at \n alone; the last may still be being written
+        return [json.loads(line) for line in file if line.endswith(b"\n")]
 
 
 def curves(*folders: Path, to: Path | None = None) -> Path:

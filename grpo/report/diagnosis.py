@@ -32,6 +32,7 @@ class Limits:
     truncated: float = 0.2  # share of completions cut by the length limit
     letter_excess: float = 0.3  # share of one answer letter above its share among the gold answers
     letter_share: float = 0.6  # ... and at least this share of all answers
+    no_option: float = 0.2  # share of whole completions whose answer names no option
     accuracy_drop: float = 0.15  # held-out accuracy below its best
 
 
@@ -71,7 +72,7 @@ def not_a_number(rows: Rows, limits: Limits) -> Finding | None:
 
 def letter_collapse(rows: Rows, limits: Limits) -> Finding | None:
     """One option is answered far more often than it is right: answers/<letter> against gold/<letter>."""
-    letters = sorted({k.removeprefix("answers/") for r in rows[-1:] for k in r if k.startswith("answers/")})
+    letters = sorted({k.removeprefix("answers/") for r in rows[-1:] for k in r if k.startswith("answers/")} - {"none"})
     if len(rows) < 10:
         return None
     for letter in letters:
@@ -85,6 +86,19 @@ def letter_collapse(rows: Rows, limits: Limits) -> Finding | None:
                 "shuffle the options, raise the KL weight or the entropy bonus, check that the audio reaches the model",
             )
     return None
+
+
+def no_option(rows: Rows, limits: Limits) -> Finding | None:
+    """Answers that are none of the options, beyond the completions that were cut before they could answer."""
+    none, cut = _mean(rows, "answers/none", last=True), _mean(rows, "completions/clipped_ratio", last=True)
+    if len(rows) < 10 or none is None or none - (cut or 0.0) <= limits.no_option:
+        return None
+    return Finding(
+        "no_option",
+        f"{none:.0%} of the completions name no option in their answer"
+        + (f" ({cut:.0%} were cut)" if (cut or 0.0) >= 0.005 else ""),
+        "look at the answers in samples.jsonl, ask for the option's letter in the prompt, raise the format reward",
+    )
 
 
 def length_hacking(rows: Rows, limits: Limits) -> Finding | None:
@@ -202,8 +216,8 @@ def accuracy_drop(rows: Rows, limits: Limits) -> Finding | None:
 
 
 CHECKS: tuple[Callable[[Rows, Limits], Finding | None], ...] = (
-    not_a_number, accuracy_drop, sampler_mismatch, kl_blowup, letter_collapse, entropy_collapse, length_hacking,
-    dead_groups, truncation,
+    not_a_number, accuracy_drop, sampler_mismatch, kl_blowup, letter_collapse, no_option, entropy_collapse,
+    length_hacking, dead_groups, truncation,
 )  # fmt: skip
 
 

@@ -156,8 +156,12 @@
     for (let t = Math.ceil(low / step) * step; t <= high + step * 1e-9 && out.length < 12; t += step) out.push(+t.toPrecision(12));
     return out;
   }
+  function label(t) {  // of a tick: as many digits as tell it from its neighbours
+    const a = Math.abs(t), whole = (v) => String(+v.toPrecision(6));
+    return a >= 1e6 ? whole(t / 1e6) + " M" : a >= 1e4 ? t.toLocaleString("en") : whole(t);
+  }
   function chart(metric, mode, width) {
-    const all = series(metric, mode, width), W = 340, H = 190, L = 42, R = 8, T = 8, B = 22;
+    const all = series(metric, mode, width), W = 340, H = 190, L = 50, R = 8, T = 8, B = 22;
     if (!all.length) return null;
     const ys = all.flatMap((s) => s.band ? s.band.flatMap((b) => [b[1], b[2]]) : s.pts.map((p) => p[1])).sort((a, b) => a - b);
     let low = ys[0], high = ys[ys.length - 1], note = "";
@@ -177,7 +181,7 @@
     const cross = h("line", {class: "cross", y1: T, y2: H - B, visibility: "hidden"});
     const svg = h("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": metric},
       h("clipPath", {id: clip}, h("rect", {x: L, y: T, width: W - L - R, height: H - B - T})),
-      ticks(low, high, 4).map((t) => [h("line", {class: "grid", x1: L, x2: W - R, y1: f(Y(t)), y2: f(Y(t))}), h("text", {x: L - 6, y: f(Y(t) + 3.5), "text-anchor": "end"}, num(t, high - low < 0.05 ? 4 : 2).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, ""))]),
+      ticks(low, high, 6).map((t) => [h("line", {class: "grid", x1: L, x2: W - R, y1: f(Y(t)), y2: f(Y(t))}), h("text", {x: L - 6, y: f(Y(t) + 3.5), "text-anchor": "end"}, label(t))]),
       ticks(x0, x1, 5).map((t) => h("text", {x: f(X(t)), y: H - 7, "text-anchor": "middle"}, num(t, 0))),
       metric === "accuracy/heldout" && D.chance != null && [h("line", {class: "cross", x1: L, x2: W - R, y1: f(Y(D.chance)), y2: f(Y(D.chance))}), h("text", {x: W - R, y: f(Y(D.chance) - 4), "text-anchor": "end"}, "chance")],
       h("g", {"clip-path": `url(#${clip})`},
@@ -266,19 +270,8 @@
     }
     return pre;
   }
-  function answers(group) {  // how often each option was answered, by its text or letter
-    const plain = (s) => s.trim().toLowerCase().replace(/\s+/g, " ");
-    const names = group.choices.map(plain), count = group.choices.map(() => 0);
-    for (const row of group.rows) {
-      const m = /<answer>([^<]*)<\/answer>/.exec(row.text);
-      if (!m) continue;
-      const said = plain(m[1]), letter = /^\(?([a-z])[).:]?(?:\s+(.*))?$/.exec(said);
-      let k = names.indexOf(said);
-      if (k < 0 && letter && (letter[2] === undefined || names.includes(letter[2]))) k = letter[2] === undefined ? letter[1].charCodeAt(0) - 97 : names.indexOf(letter[2]);
-      if (k >= 0 && k < count.length) count[k]++;
-    }
-    return count;
-  }
+  // How often each option was answered; nothing of older runs, whose samples do not say.
+  const answers = (group) => group.choices.map((_, i) => group.rows.filter((row) => row.answered === i).length);
 
   if (D.groups.length || D.samplesNote) {
     const state = {run: "", step: "", kind: new Set(), text: "", at: 0, by: ""};

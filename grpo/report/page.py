@@ -26,7 +26,7 @@ COMPARED = ("accuracy/final", "accuracy/best", "reward")  # figures of the paire
 FIRST = (
     "accuracy/heldout", "reward", "rewards/accuracy/mean", "rewards/format/mean", "rewards/length/mean",
     "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std", "kl", "entropy", "grad_norm",
-    "clip_ratio/high_mean", "clip_ratio/low_mean", "sampling/sampling_logp_difference/mean",
+    "clip_ratio/high_mean", "clip_ratio/low_mean", "sampling/sampling_logp_difference/mean", "tokens_per_second",
 )  # fmt: skip
 NAMES = {
     "accuracy/heldout": "held-out accuracy", "accuracy/start": "accuracy, start", "accuracy/final": "accuracy, final",
@@ -34,15 +34,17 @@ NAMES = {
     "rewards/accuracy/mean": "training accuracy", "completions/mean_length": "tokens per completion",
     "completions/clipped_ratio": "truncated", "frac_reward_zero_std": "zero-variance groups", "kl": "KL",
     "grad_norm": "gradient norm", "clip_ratio/high_mean": "clipped high", "clip_ratio/low_mean": "clipped low",
-    "sampling/sampling_logp_difference/mean": "sampler mismatch (nats)",
+    "sampling/sampling_logp_difference/mean": "sampler mismatch (nats)", "gpu_hours": "GPU-hours",
+    "device_hours": "device-hours", "tokens_per_second": "tokens per second",
 }  # fmt: skip
 
 
 def figure_names(runs: Sequence[RunData]) -> list[str]:
     """The figures of the tables, in their order."""
+    hours = [n for n in ("gpu_hours", "device_hours") if any(n in figures(r) for r in runs)]
     return ["steps", "accuracy/start", "accuracy/final", "accuracy/best", "accuracy/best_step", "reward",
             *reward_parts(runs), "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std", "kl",
-            "entropy", "tokens", "hours"]  # fmt: skip
+            "entropy", "tokens", "hours", *hours]  # fmt: skip
 
 
 def content(runs: Sequence[RunData], columns: Sequence[str], groups: Sequence[Setting], baseline: Setting | None,
@@ -127,8 +129,10 @@ def _hash(text: str) -> str:
 def _subtitle(runs: Sequence[RunData], groups: Sequence[Setting]) -> str:
     states = [r.state for r in runs]
     counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+    devices = ", ".join(dict.fromkeys(r.device for r in runs if r.device))
+    where = f" on {cut(devices, 200)}" if devices else ""
     when = datetime.now().strftime("%Y-%m-%d %H:%M")
-    return f"{_plural(len(runs), 'run')} ({counts}), {_plural(len(groups), 'setting')}, written {when}"
+    return f"{_plural(len(runs), 'run')} ({counts}){where}, {_plural(len(groups), 'setting')}, written {when}"
 
 
 def _plural(n: int, word: str) -> str:
@@ -136,12 +140,14 @@ def _plural(n: int, word: str) -> str:
 
 
 def _label(run: RunData, columns: Sequence[str]) -> str:
-    return ", ".join(f"{c}={run.value(c)}" for c in columns if run.value(c))
+    """What tells the run apart, unless its name, that of a multirun's folder, says just that."""
+    values = [f"{c}={run.value(c)}" for c in columns if run.value(c)]
+    return "" if ",".join(values) == run.name else ", ".join(values)
 
 
 def _unfinished(group: Setting) -> str:
     n = sum(r.state != "finished" for r in group.runs)
-    return f"{n} not finished" if n else ""
+    return f"{n} unfinished" if n else ""
 
 
 def _estimate(group: Setting, name: str) -> list | None:
@@ -202,8 +208,9 @@ def _stride(runs: Sequence[RunData]) -> int:
 def _curves_note(runs: Sequence[RunData]) -> str:
     stride = _stride(runs)
     mean = f"Each point is the mean of {stride} steps. " if stride > 1 else ""
-    return (f"{mean}Lines are means over seeds, bands reach from the lowest to the highest seed; where fewer than half "
-            "of the seeds have got to, the line ends. Click a setting to bring it out.")  # fmt: skip
+    return (f"Each is drawn over the step. {mean}Lines are means over seeds, bands reach from the lowest to the "
+            "highest seed; where fewer than half of the seeds have got to, the line ends. Click a setting to bring it "
+            "out.")  # fmt: skip
 
 
 def _short(value: float) -> float:

@@ -18,6 +18,8 @@ import yaml
 MAX_LINE = 4_000_000  # bytes of one line of metrics.jsonl or samples.jsonl
 MAX_FILE = 256_000_000  # bytes of metrics.jsonl: 500 steps take less than one
 MAX_YAML = 1_000_000
+MAX_NUMBER = 1e100  # sums and squares of larger ones overflow; no run measures such a thing
+MAX_STEP = 10**9  # of a run whose config does not say how many it has
 QUIET_SECONDS = 1800  # a run without summary.json that wrote nothing for this long counts as stopped
 MARKS = ("metrics.jsonl", "samples.jsonl", "summary.json", "config.yaml", "failure.json", ".hydra")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten times faster
@@ -26,7 +28,7 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten
 @dataclass(frozen=True)
 class RunData:
     """One run folder. `rows` are metrics.jsonl by step; a value is a finite float, or None where the run wrote null
-    (RunLog writes NaN and infinity so)."""
+    (RunLog writes NaN and infinity so) or a number beyond MAX_NUMBER."""
 
     name: str  # short, unique in the report
     folder: Path
@@ -37,6 +39,8 @@ class RunData:
     config: Mapping = field(default_factory=dict)
     rows: tuple[Mapping[str, float | None], ...] = ()
     summary: Mapping[str, float] = field(default_factory=dict)
+    device: str = ""  # what each rank trained on: a GPU's name or cpu; unknown of older runs
+    ranks: float | None = None
     failure: str | None = None
 
     def value(self, key: str) -> str:
@@ -75,10 +79,11 @@ def read_run(folder: Path, name: str | None = None, now: float | None = None) ->
     """Everything but the samples. Never raises for the folder's contents; `problems` says what could not be read."""
     folder, problems = Path(folder), []
     try:
-        rows = _metrics(folder, problems)
+        config = _yaml(folder / "config.yaml", problems) or _yaml(folder / ".hydra" / "config.yaml", problems)
+        rows = _metrics(folder, _mapping(config), problems)
         summary = _numbers(_json(folder / "summary.json", problems))
         failure = _json(folder / "failure.json", problems)
-        config = _yaml(folder / "config.yaml", problems) or _yaml(folder / ".hydra" / "config.yaml", problems)
+        provenance = _json(folder / "provenance.json", problems)
         hydra = _yaml(folder / ".hydra" / "hydra.yaml", problems)
         overrides = _overrides(_yaml(folder / ".hydra" / "overrides.yaml", problems))
         runtime = _mapping(_mapping(_mapping(hydra).get("hydra")).get("runtime"))
@@ -88,7 +93,8 @@ def read_run(folder: Path, name: str | None = None, now: float | None = None) ->
     said = str(failure.get("error", "no reason given"))[:2000] if isinstance(failure, dict) and failure else None
     state = _state(folder, rows, summary, said, _mapping(config), problems, time.time() if now is None else now)
     return RunData(name or folder.name, folder, state, tuple(problems), overrides, choices, _mapping(config),
-                   tuple(rows), summary, said)  # fmt: skip
+                   tuple(rows), summary, _plain(provenance.get("device", "")), number(provenance.get("ranks")),
+                   said)  # fmt: skip
 
 
 def read_runs(paths: Iterable[Path], now: float | None = None) -> list[RunData]:
@@ -126,42 +132,52 @@ def parse_line(line: bytes) -> dict | None:
 
 
 def number(value) -> float | None:
-    """`value` as a finite float, else None. True and False are not numbers."""
+    """`value` as a float of a sane size, else None. True and False are not numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         value = float(value)
     except OverflowError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= MAX_NUMBER else None  # NaN compares false
 
 
 # ---------------------------------------------------------------- parts of a folder
 
 
-def _metrics(folder: Path, problems: list[str]) -> list[dict]:
+def _metrics(folder: Path, config: Mapping, problems: list[str]) -> list[dict]:
+    """The rows by step. Steps beyond the config's are left out: one would squeeze the curves of all runs flat."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         problems.append("no metrics.jsonl: nothing was logged")
         return []
+    wanted = number(config.get("steps"))
+    most = wanted if wanted and 0 < wanted < MAX_STEP else MAX_STEP
     counts: dict[str, int] = {}
     rows: dict[int, dict] = {}
     try:
         for row in lines(path, counts):
             step = number(row.get("step"))
-            if step is None or step < 0 or step != int(step):
-                counts["bad"] = counts.get("bad", 0) + 1
+            if step is None or step < 0 or step != int(step) or step > most:
+                kind = "beyond" if step is not None and step > most else "bad"
+                counts[kind] = counts.get(kind, 0) + 1
                 continue
             # Text in a metric's place is dropped; null and NaN stay as None: the run saw a number that was none.
             kept = {k: number(v) for k, v in row.items() if v is None or number(v) is not None or isinstance(v, float)}
+            huge = sum(v is None and isinstance(row[k], float) and math.isfinite(row[k]) for k, v in kept.items())
+            counts["huge"] = counts.get("huge", 0) + huge
             rows[int(step)] = kept | {"step": int(step)}  # a resumed run may have written a step twice
     except OSError as error:
         problems.append(f"metrics.jsonl could not be read ({error.strerror or error})")
     if counts.get("bad"):
-        problems.append(f"metrics.jsonl: {counts['bad']} lines are not metrics and were left out")
+        problems.append(f"metrics.jsonl: {_count(counts['bad'], 'line')} left out: no metrics")
+    if counts.get("beyond"):
+        problems.append(f"metrics.jsonl: {_count(counts['beyond'], 'line')} left out: steps beyond {most:.0f}")
+    if counts.get("huge"):
+        problems.append(f"metrics.jsonl: {_count(counts['huge'], 'number')} left out: beyond {MAX_NUMBER:.0e}")
     if counts.get("unread"):
         problems.append(f"metrics.jsonl: larger than {MAX_FILE // 10**6} MB, read up to there")
-    if not rows and not counts.get("bad"):
+    if not rows and not counts.get("bad") and not counts.get("beyond"):
         problems.append("metrics.jsonl has no complete line yet")
     return [rows[s] for s in sorted(rows)]
 
@@ -218,6 +234,10 @@ def _overrides(value) -> dict[str, str]:
     # Only text: writing out a nested value could take for ever (YAML aliases multiply).
     pairs = (v.partition("=") for v in value if isinstance(v, str)) if isinstance(value, list) else ()
     return {key.lstrip("+").strip()[:200]: text.strip()[:500] for key, sign, text in pairs if sign}
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
 
 
 def _mapping(value) -> Mapping:

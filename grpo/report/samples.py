@@ -206,6 +206,7 @@ def _plain_group(run: RunData, why: list[str], rows: list[dict], start: int, bud
             {
                 "text": cut(r.get("completion"), MAX_TEXT), "truncated": r.get("truncated") is True,
                 "tokens": number(r.get("tokens")), "right": _right(r), "reward": number(r.get("reward")),
+                "answered": number(r.get("answered")),
                 "advantage": number(r.get("advantage")),
                 "rewards": {cut(k, 100): number(v) for k, v in list(r["rewards"].items())[:32]}
                 if isinstance(r.get("rewards"), dict) else {},

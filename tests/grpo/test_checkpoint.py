@@ -41,6 +41,15 @@ def test_the_last_comes_back_and_the_best_stays(tmp_path):
     assert (tmp_path / "step-000008" / "adapter_model.safetensors").exists()
 
 
+def test_a_resumed_state_is_saved_under_its_new_step(tmp_path):
+    """A run that is resumed twice goes on from its last checkpoint, not from its first one's step."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, POLICY, engine(2), {"tokens": 20}, best=False)
+    state = checkpoints.load(engine(0, []))
+    checkpoints.save(4, POLICY, engine(4), state | {"tokens": 40}, best=False)
+    assert checkpoints.load(engine(0, [])) == {"step": 4, "tokens": 40}
+
+
 def test_a_run_killed_while_saving_keeps_the_checkpoint_before(tmp_path):
     checkpoints, loaded = Checkpoints(tmp_path), []
     checkpoints.save(2, POLICY, engine(2), {}, best=False)

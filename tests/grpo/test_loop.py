@@ -13,6 +13,7 @@ from data.audio import ClipError
 from grpo import loop
 from grpo.advantage import group_mean
 from grpo.batch import Completion, Encoded, Group, moves_without_advantage, pad_rows
+from grpo.collect import Earned
 from grpo.loading import Loader
 from grpo.loss import aggregate, kl, ratio, surrogate
 from grpo.loss.objective import Objective
@@ -255,6 +256,17 @@ def test_rewards_hear_of_their_own_completion():
         ("1", 0, "10", 2), ("1", 1, "11", 5),
     ]  # fmt: skip
     assert (rows[3]["step"], rows[3]["reward"], rows[3]["advantage"], rows[3]["truncated"]) == (1, 1.0, 0.5, True)
+
+
+def test_samples_name_the_option_that_was_answered():
+    """As the accuracy reward reads it: an option's text may hold < or a tag's name, and none is null."""
+    said = ["<answer>B</answer>", "<answer>below <5 s</answer>", "<answer>d) x</answer>", "<answer>5 s", "nothing"]
+    completions = tuple(Completion((1,), (0.0,), text, False, 0) for text in said)
+    group = Group(Encoded("q", torch.zeros(1, dtype=torch.long), torch.zeros(1, 1), "sha"), completions)
+    question = make_question("q", choices=("below <5 s", "5 s", "above >5 s", "d"))
+    earned = [Earned(question, group, [[0.0]] * 5, [0.0] * 5)]
+    rows = loop._samples(0, earned, torch.zeros(1, 5), ["accuracy"])
+    assert [r["answered"] for r in rows] == [1, 0, None, None, None]
 
 
 def test_a_failed_reward_takes_its_group_out():

@@ -1,6 +1,5 @@
 """Multiruns of a small Hydra application: failures, resuming, folders, and jobs as processes of their own."""
 
-import ast
 import json
 import os
 import subprocess
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from grpo.multirun import FREE_ON_RESUME, LocalLauncher, _last_line, _quoted, todo
+from grpo.config import FREE_ON_RESUME
+from grpo.multirun import LocalLauncher, _last_line, _quoted, todo
 
 ROOT = Path(__file__).parents[2]
 TOY = """
@@ -150,10 +150,16 @@ def test_the_given_config_is_not_written_to(tmp_path):
     assert cfg.resume is True
 
 
-def test_keys_that_may_differ_are_those_of_a_single_run():
-    tree = ast.parse((ROOT / "grpo" / "run.py").read_text())
-    (value,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "FREE_ON_RESUME"]
-    assert set(value.args[0].func.value.value.split()) == FREE_ON_RESUME
+@pytest.mark.parametrize("key", sorted(FREE_ON_RESUME))
+def test_a_finished_job_fits_whatever_the_free_keys_are(tmp_path, key):
+    (tmp_path / "summary.json").write_text('{"steps": 10}')
+    OmegaConf.save(config(**{key: "before"}), tmp_path / "config.yaml")
+    assert todo(config(**{key: "now", "resume": True}), tmp_path) is None
+
+
+def test_the_free_keys_are_keys_of_a_run():
+    known = OmegaConf.load(ROOT / "conf" / "train.yaml")
+    assert FREE_ON_RESUME <= known.keys() | {name for d in known.defaults if not isinstance(d, str) for name in d}
 
 
 @pytest.mark.parametrize("text", ["a b", "it's", "a=b,c", "\\'", "${x}", "multirun/x/loss=a,seed=0"])

@@ -45,7 +45,8 @@ def group(step: int, n: int = 4, *, name: str = "q", right: int = 2, **changes) 
             "step": step, "id": f"{name}-{step}", "question": "Which sound is this?", "choices": CHOICES,
             "gold": "bell", "sample": g, "completion": "<think>a ring</think>\n<semantic_elements>bell tower"
             f"</semantic_elements>\n<answer>{answer}</answer>", "truncated": False, "tokens": 20 + g,
-            "rewards": {"accuracy": float(g < right), "format": 1.0, "length": 1.0}, "reward": 1.5 + (g < right),
+            "answered": CHOICES.index(answer), "reward": 1.5 + (g < right),
+            "rewards": {"accuracy": float(g < right), "format": 1.0, "length": 1.0},
             "advantage": 0.7 if g < right else -0.7, "clip_sha256": "0" * 64, "version": step,
         } | changes)  # fmt: skip
     return rows

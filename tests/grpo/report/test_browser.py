@@ -24,6 +24,8 @@ def report(tmp_path_factory):
     for step in (1, 30, 60):
         for k, right in enumerate((0, 2, 4)):
             samples += group(step, name=f"q{k}", right=right, audio=clip, truncated=k == 0)
+        if step == 1:
+            samples += group(1, name="q5", right=0, question="How long?", choices=["below <5 s", "b"], answered=0)
     folder = write_run(root / "s" / "loss=mine,seed=0", overrides=["loss=mine", "seed=0"], rows=healthy_rows(60),
                        samples=samples)  # fmt: skip
     old = np.full((12, 6), -1.0, np.float32)
@@ -77,6 +79,10 @@ def test_curves_draw_and_explain_themselves(page):
     assert count(page, ".chart") >= 10 and count(page, ".chart .band") > 0
     first = page.js("document.querySelector('.chart .line').getAttribute('d')")
     assert first.startswith("M") and "NaN" not in page.js("document.querySelector('.charts').innerHTML")
+    ticks = page.js("""[...document.querySelectorAll('.chart svg')].map(s =>
+        [...s.querySelectorAll('text[text-anchor=end]')].map(t => t.textContent))""")
+    assert all(len(set(labels)) == len(labels) >= 2 for labels in ticks), ticks
+    assert page.js("Math.min(...[...document.querySelectorAll('.chart svg text')].map(t => t.getBBox().x))") >= 0
     page.hover(".chart:nth-child(2) svg")
     assert page.js("document.getElementById('tip').hidden") is False
     assert "step" in page.js("document.getElementById('tip').textContent")
@@ -109,6 +115,19 @@ def test_samples_filter(page):
     choose(page, "Step", "all")
     choose(page, "Run", "all")
     assert page.js(shown) == everything
+
+
+def test_options_say_how_often_they_were_answered(page):
+    choose(page, "Run", "mine")
+    choose(page, "Step", "60")
+    given = "[...document.querySelectorAll('.choices .n')].map(n => n.textContent)"
+    page.js("[...document.querySelectorAll('.list button')].find(b => b.textContent.includes('●●○○')).click()")
+    assert page.js(given) == ["1", "1", "2", ""]  # dog, rain, bell twice
+    choose(page, "Step", "1")
+    page.js("[...document.querySelectorAll('.list button')].find(b => b.textContent.includes('How long')).click()")
+    assert page.js(given) == ["4", ""]  # as the samples say: the page reads no answer out of a completion
+    choose(page, "Step", "all")
+    choose(page, "Run", "all")
 
 
 def test_a_clip_plays(page):

@@ -1,10 +1,12 @@
 """Columns, seeds, intervals and pairs, against numbers worked by hand."""
 
 import csv
+import json
 import math
 
 import pytest
 
+from grpo.config import FREE_ON_RESUME
 from grpo.report.build import build
 from grpo.report.compare import columns, estimate, figures, find_baseline, over_seeds, paired, settings, t_quantile
 from grpo.report.read import read_runs
@@ -24,6 +26,20 @@ def test_a_default_and_the_same_value_given_do_not_differ(tmp_path):
     write_run(tmp_path / "a", overrides=["loss=grpo", "seed=0", "name=a", "tracking=none", "checkpoint.every=5"])
     write_run(tmp_path / "b", overrides=["seed=1"])
     assert columns(read_runs([tmp_path])) == ["seed"]
+
+
+@pytest.mark.parametrize("key", [*sorted(FREE_ON_RESUME), "engine.stage", "audio_cache.memory_gib", "log.every",
+                                 "hydra/launcher", "hydra.launcher.jobs"])  # fmt: skip
+def test_what_a_resumed_run_may_change_is_no_column(tmp_path, key):
+    for seed, value in enumerate(("1", "2")):
+        write_run(tmp_path / value, overrides=[f"seed={seed}", f"{key}={value}"])
+    assert columns(read_runs([tmp_path])) == ["seed"]
+
+
+def test_a_key_that_only_begins_like_a_free_one_is_a_column(tmp_path):
+    for value in "ab":
+        write_run(tmp_path / value, overrides=[f"samples_of={value}", f"data.cache={value}"])
+    assert columns(read_runs([tmp_path])) == ["samples_of", "data.cache"]
 
 
 def test_mean_and_interval_by_hand():
@@ -79,6 +95,29 @@ def test_figures_of_one_run(tmp_path):
     assert f["steps"] == 100 and f["tokens"] == 450_000 and f["hours"] == pytest.approx(130 / 3600)
     assert f["reward"] == pytest.approx(sum(r["reward"] for r in run.rows[-10:]) / 10)
     assert f["accuracy/best"] >= f["accuracy/final"] and f["accuracy/start"] == 0.25
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_legs(tmp_path):
+    old = write_run(tmp_path / "old")  # 100 steps of 1.3 s; its summary counted the last leg only
+    (old / "summary.json").write_text('{"steps": 100, "seconds": 40.0}')
+    assert figures(read_runs([old])[0])["hours"] == pytest.approx(130 / 3600)
+
+
+@pytest.mark.parametrize(("device", "figure", "name"), [("NVIDIA H100 80GB HBM3", "gpu_hours", "GPU-hours"),
+                                                        ("cpu", "device_hours", "device-hours")])  # fmt: skip
+def test_hours_count_the_devices(tmp_path, device, figure, name):
+    new, going = write_run(tmp_path / "s" / "a"), write_run(tmp_path / "s" / "b", finished=False)
+    write_run(tmp_path / "s" / "old")
+    for folder in (new, going):
+        (folder / "provenance.json").write_text(json.dumps({"device": device, "ranks": 4}))
+    (new / "summary.json").write_text('{"steps": 100, "seconds": 200.0, "device_seconds": 500.0}')  # 100 s on 4, then 1
+    a, b, old = map(figures, build([tmp_path / "s"], tmp_path / "out"))
+    assert (a["hours"], a[figure]) == pytest.approx((200 / 3600, 500 / 3600))
+    assert (
+        b[figure] == pytest.approx(4 * 130 / 3600) and figure not in old and old["hours"] == pytest.approx(130 / 3600)
+    )
+    assert f"hours | {name} |" in (tmp_path / "out" / "report.md").read_text()
+    assert device in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_runs_that_logged_nothing_are_not_averaged(tmp_path):

@@ -35,6 +35,7 @@ def flat(value):
 
 SICK = {
     "letter_collapse": {"answers__A": flat(0.9), "answers__B": flat(0.1), "gold__A": flat(0.25), "gold__B": flat(0.25)},
+    "no_option": {"answers__none": flat(0.9), "answers__A": flat(0.1), "gold__A": flat(0.25)},
     "length_hacking": {
         "length": lambda t: 25 + 60 * t,
         "right": flat(0.3),
@@ -102,6 +103,12 @@ def test_the_mean_ratio_alone_shows_a_mismatch():
 def test_a_letter_without_its_gold_share_is_judged_by_the_number_of_letters():
     assert names(changed(answers__A=flat(0.95), answers__B=flat(0.05))) == {"letter_collapse"}
     assert names(changed(answers__A=flat(0.65), gold__A=flat(0.6))) == set()
+
+
+def test_answers_cut_by_the_limit_are_truncation_and_no_option_is_no_letter():
+    assert names(changed(answers__none=flat(0.9), cut=flat(0.85))) == {"truncation"}
+    (found,) = diagnose(changed(answers__none=flat(0.9), answers__A=flat(0.1), gold__A=flat(0.2)))
+    assert found.text.startswith("90% of the completions name no option") and "option none" not in found.text
 
 
 def test_one_spike_is_no_blowup():

@@ -272,6 +272,7 @@ def test_fifty_runs_of_five_hundred_steps(tmp_path, monkeypatch):
 def test_the_page_of_a_sweep(tmp_path):
     data = data_of(build_page(sweep(tmp_path / "s"), tmp_path / "out", baseline="grpo"))
     assert data["columns"] == ["loss", "seed"] and [s["label"] for s in data["settings"]] == ["loss=dapo", "loss=grpo"]
+    assert {r["label"] for r in data["runs"]} == {""}  # their names say it
     pair = data["paired"][0]
     assert (pair["metric"], pair["n"]) == ("accuracy/final", 3) and pair["mean"] == pytest.approx(0.06)
     assert data["chance"] == 0.25 and "200 held-out questions" in data["pairedNote"]

@@ -53,12 +53,12 @@ def test_a_line_that_is_being_written_is_no_fault(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("metrics.jsonl", b"\xff\xfe\x00garbage\n[1, 2]\n{}\n", "3 lines are not metrics"),
+        ("metrics.jsonl", b"\xff\xfe\x00garbage\n[1, 2]\n{}\n", "3 lines left out: no metrics"),
         ("metrics.jsonl", b"", "no complete line"),
         ("metrics.jsonl", None, "no metrics.jsonl"),
         ("metrics.jsonl", b'{"step": 1e400}\n{"step": -1}\n{"step": "1"}\n{"step": 1.5}\n{"step": true}\n', "5 lines"),
-        ("metrics.jsonl", b"[" * 100_000 + b"\n", "1 lines"),
-        ("metrics.jsonl", b'{"step": 1' + b"0" * 5000 + b"}\n", "1 lines"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n", "1 line left out"),
+        ("metrics.jsonl", b'{"step": 1' + b"0" * 5000 + b"}\n", "1 line left out"),
         ("summary.json", b"{", "summary.json"),
         ("config.yaml", b"a: [", "config.yaml"),
         ("config.yaml", b"!!python/object/apply:os.system [echo]", "config.yaml"),
@@ -82,6 +82,36 @@ def test_a_corrupt_folder_is_shown_as_such_and_loses_nothing_else(tmp_path, file
         assert said in (tmp_path / "out" / "report.md").read_text() or "metrics" in said
 
 
+@pytest.mark.parametrize(
+    ("metric", "value"),
+    [("reward", 1e200), ("reward", 1.7e308), ("rewards/accuracy/mean", 1.7e308), ("step_time", 1.7e308),
+     ("grad_norm", 1.7e308), ("num_tokens", -1.7e308), ("accuracy/heldout", 1e200), ("kl", 1e308)],
+)  # fmt: skip
+def test_a_number_that_overflows_costs_only_itself(tmp_path, metric, value):
+    sweep(tmp_path / "s", losses=("grpo", "dapo"), seeds=(0, 1), steps=300)
+    bad = tmp_path / "s" / "loss=grpo,seed=1"
+    (bad / "summary.json").unlink()
+    rows = [row | {metric: value} for row in healthy_rows(300)]
+    (bad / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    runs = {r.name: r for r in build([tmp_path / "s"], tmp_path / "out")}
+    assert runs[bad.name].problems == ("metrics.jsonl: 301 numbers left out: beyond 1e+100",)
+    assert all(r.problems == () for n, r in runs.items() if n != bad.name) and len(runs) == 4
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_a_step_beyond_the_run_squeezes_no_curve(tmp_path, config):
+    sweep(tmp_path / "s", losses=("grpo",), seeds=(0, 1), steps=60)
+    bad = tmp_path / "s" / "loss=grpo,seed=1"
+    if not config:
+        (bad / "config.yaml").unlink()
+    with (bad / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1e12, "reward": 1.0}\n')
+    runs = build([tmp_path / "s"], tmp_path / "out")
+    assert [len(r.rows) for r in runs] == [61, 61]
+    assert runs[1].problems == (f"metrics.jsonl: 1 line left out: steps beyond {60 if config else 10**9}",)
+    assert '"x":[1,2,3,' in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_folders_in_the_place_of_files_and_no_permission(tmp_path):
     folder = write_run(tmp_path / "r")
     for name in ("summary.json", "samples.jsonl", "metrics.jsonl"):
@@ -98,7 +128,14 @@ def test_values_that_are_no_numbers(tmp_path):
     )
     (row,) = read_run(folder).rows
     assert row == {"step": 1, "reward": None, "kl": None, "loss": None, "a": None}
-    assert number(10**400) is None and number(True) is None and number("1") is None and number(3) == 3.0
+    assert (
+        number(10**400) is None
+        and number(-1e101) is None
+        and number(1e100) == 1e100
+        and number(True) is None
+        and number("1") is None
+        and number(3) == 3.0
+    )
 
 
 def test_aliases_that_multiply_cost_nothing(tmp_path):
