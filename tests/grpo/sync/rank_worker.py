@@ -21,7 +21,7 @@ QUESTIONS, COPIES, STEPS = 4, 2, 4
 
 def steps(checkpoint, strategy: str, stage: int) -> list[dict]:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    zero = zero_config(stage=stage, micro_batches=1, clip=1e9, dtype="float32", world=world)
+    zero = zero_config(stage=stage, clip=1e9, dtype="float32", world=world)
     policy = make_policy(checkpoint, zero3=zero if stage == 3 else None)
     # A large eps: Adam would else blow rounding in gradients near zero up to whole steps, of either sign.
     engine = Engine(policy, partial(torch.optim.AdamW, lr=1e-2, eps=1e-3, weight_decay=0.0), zero)
