@@ -64,6 +64,14 @@ def with_entropy_cut(loss: Loss, x: LossInputs) -> LossInputs:
 
 def gradient(loss: Loss, x: LossInputs, parts: Sequence[Sequence[int]] | None = None) -> tuple[Tensor, float]:
     """Gradient by logp_NT and value of the loss, summed over micro-batches of the rows in `parts`."""
+    by_logp_NT, _, value = both_gradients(loss, x, parts)
+    return by_logp_NT, value
+
+
+def both_gradients(
+    loss: Loss, x: LossInputs, parts: Sequence[Sequence[int]] | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Gradients [N, T] by logp_NT and by entropy_NT, and the value, summed over micro-batches as in `gradient`."""
     logp_NT = x.logp_NT.detach().clone().requires_grad_()
     entropy_NT = x.entropy_NT.detach().clone().requires_grad_()
     total = torch.zeros((), dtype=x.logp_NT.dtype)
@@ -74,7 +82,8 @@ def gradient(loss: Loss, x: LossInputs, parts: Sequence[Sequence[int]] | None = 
         taken = {k: v[rows] for k, v in vars(whole).items() if torch.is_tensor(v)}
         total = total + loss(replace(whole, **taken)).loss
     total.backward()
-    return logp_NT.grad if logp_NT.grad is not None else torch.zeros_like(logp_NT), total.item()
+    found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in (logp_NT, entropy_NT)]
+    return *found, total.item()
 
 
 # ---------------------------------------------------------------- the checks

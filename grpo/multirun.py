@@ -35,6 +35,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from grpo.config import FREE_ON_RESUME
+from grpo.optuna_sweep import OptunaSweeper
 
 CALM = 0.2  # seconds between two looks at the running jobs
 
@@ -216,7 +217,7 @@ class LocalLauncher(Launcher):
 
     def _returned(self, config, overrides, error: JobFailed | None) -> JobReturn:
         folder = Path(config.hydra.runtime.output_dir)
-        value = error or _read(folder / "summary.json").get(self.value)
+        value = error or result(folder, self.value)
         status = JobStatus.FAILED if error else JobStatus.COMPLETED
         job = JobReturn(overrides=overrides, hydra_cfg=OmegaConf.masked_copy(config, "hydra"), status=status)
         job.return_value = value
@@ -229,14 +230,20 @@ _OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra/launcher", "hydra.launcher"
 
 
 def register() -> None:
-    """Make hydra/launcher=local known; before hydra.main."""
-    Plugins.instance().register(LocalLauncher)
-    # Hydra also imports a launcher by its name. There may be no package of that name at all.
-    package, _, module = LocalLauncher.__module__.partition(".")
-    if package not in sys.modules:
-        sys.modules[package] = ModuleType(package)
-        sys.modules[package].__path__ = []
-    sys.modules[f"{package}.{module}"] = sys.modules[__name__]
+    """Make hydra/launcher=local and hydra/sweeper=optuna known; before hydra.main."""
+    for plugin, home in ((LocalLauncher, __name__), (OptunaSweeper, "grpo.optuna_sweep")):
+        Plugins.instance().register(plugin)
+        # Hydra also imports a plugin by its name. There may be no package of that name at all.
+        package, _, module = plugin.__module__.partition(".")
+        if package not in sys.modules:
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = []
+        sys.modules[f"{package}.{module}"] = sys.modules[home]
+
+
+def result(folder: Path, name: str = "accuracy/final") -> float | None:
+    """A figure of the summary of the run in `folder`: what a sweeper is given for a run that is there already."""
+    return _read(folder / "summary.json").get(name)
 
 
 def todo(cfg: DictConfig, folder: Path) -> DictConfig | None:

@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.multirun import register, todo
+from grpo.multirun import register, result, todo
 
 
 def guard_packages() -> None:
@@ -47,7 +47,7 @@ def run(cfg: DictConfig) -> float | None:
 
             return dry_run(cfg, display)
         if one_of_many and (cfg := todo(cfg, folder)) is None:
-            return display.say(f"{folder.name} is finished: nothing to do")
+            return display.say(f"{folder.name} is finished: nothing to do") or result(folder)
         from grpo.engine import stop_distributed
         from grpo.run import Run
 

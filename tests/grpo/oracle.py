@@ -96,9 +96,10 @@ class Step:
     advantage: list[float]
     group_size: int
     entropy_cut: float | None = None
+    history: Sequence[float] = ()  # mean entropies of the steps before this one
 
     @staticmethod
-    def of(logp, old, sampler, ref, entropy, advantage, mask, group_size, entropy_cut=None):
+    def of(logp, old, sampler, ref, entropy, advantage, mask, group_size, entropy_cut=None, history=()):
         """From padded lists of lists; variables are called ("logp", i, t) and ("entropy", i, t)."""
 
         def kept(rows, name=None):
@@ -108,7 +109,7 @@ class Step:
             ]
 
         return Step(kept(logp, "logp"), kept(old), kept(sampler), kept(ref), kept(entropy, "entropy"),
-                    list(advantage), group_size, entropy_cut)  # fmt: skip
+                    list(advantage), group_size, entropy_cut, history)  # fmt: skip
 
     def __len__(self):
         return len(self.logp)
@@ -223,9 +224,11 @@ def token_tis(cap):
     return lambda s, i: [min(capped(o - q), cap) for o, q in zip(s.old[i], s.sampler[i], strict=True)]
 
 
-def sequence_tis(cap):
+def sequence_tis(cap, mean_of_logs=False):
     def weights(s, i):
         total = sum(o - q for o, q in zip(s.old[i], s.sampler[i], strict=True))
+        if mean_of_logs:
+            total /= max(len(s.logp[i]), 1)
         return [min(capped(total), cap)] * len(s.logp[i])
 
     return weights
@@ -236,6 +239,14 @@ def icepop(low, high):
         return capped(gap) if low <= capped(gap) <= high else 0.0
 
     return lambda s, i: [weight(o - q) for o, q in zip(s.old[i], s.sampler[i], strict=True)]
+
+
+def sequence_icepop(low, high):
+    def weights(s, i):
+        product = capped(sum(o - q for o, q in zip(s.old[i], s.sampler[i], strict=True)))
+        return [product if low <= product <= high else 0.0] * len(s.logp[i])
+
+    return weights
 
 
 def off_policy_mask(delta):
@@ -267,8 +278,28 @@ def k3_plus(d, ratio):
     return k2(d, ratio).chain(float(k3(d, ratio)), 1.0)
 
 
+def k1_plus(d, ratio):
+    return k2(d, ratio).chain(float(k1(d, ratio)), 1.0)
+
+
 def k3_unbiased(d, ratio):
     return ratio * k3(d, ratio)
+
+
+def fixed(coefficient):
+    return lambda history: coefficient
+
+
+def adaptive(target, delta, low, high):
+    """Skywork-OR1: the level moves after every step; it acts if the last step's entropy was at or below the target."""
+
+    def coefficient(history):
+        level = 0.0
+        for entropy in history:
+            level = min(max(level + (delta if entropy <= target else -delta), low), high)
+        return level if history and history[-1] <= target else 0.0
+
+    return coefficient
 
 
 def mean_of_means(rows, s, whole):
@@ -307,11 +338,11 @@ class Variant:
     beta: float = 0.1  # `beta` of conf/train.yaml
     kl: Callable = k3
     weight: Callable | None = None
-    bonus: float = 0.0
+    bonus: Callable = field(default_factory=lambda: fixed(0.0))
 
     def __call__(self, s: Step, whole: dict[str, float]) -> Dual:
         """This micro-batch's share of the loss; `whole` counts sequences, tokens and micro_batches of the step."""
-        rows = []
+        rows, bonus = [], self.bonus(s.history)
         for i in range(len(s)):
             objective, ratio = self.policy(s, i), ratios(s, i)
             factor = self.weight(s, i) if self.weight else [1.0] * len(objective)
@@ -320,7 +351,7 @@ class Variant:
                 value = -(factor[t] * j)
                 if self.beta:
                     value = value + self.beta * self.kl(s.logp[i][t] - s.ref[i][t], ratio[t])
-                row.append(value - self.bonus * s.entropy[i][t])
+                row.append(value - bonus * s.entropy[i][t])
             rows.append(row)
         return self.aggregate(rows, s, whole)
 
@@ -350,13 +381,18 @@ LOSSES = {
     "icepop": Variant(weight=icepop(0.5, 5.0)),
     "off_policy_mask": Variant(weight=off_policy_mask(0.5)),
     "high_entropy": Variant(ppo(0.2, 0.28), mean_of_tokens, beta=0.0, weight=high_entropy),
-    "entropy_bonus": Variant(bonus=0.001),
-    "entropy_adaptive": Variant(aggregate=mean_of_tokens, beta=0.0),  # its bonus is 0 until entropy has fallen
+    "entropy_bonus": Variant(bonus=fixed(0.001)),
+    "entropy_adaptive": Variant(aggregate=mean_of_tokens, beta=0.0, bonus=adaptive(0.2, 0.005, 0.0, 1.0)),
     "k1": Variant(kl=k1),
     "k2": Variant(kl=k2),
     "k3_plus": Variant(kl=k3_plus),
     "k3_unbiased": Variant(kl=k3_unbiased),
     "kl_in_reward": Variant(beta=0.0),  # its KL term is no part of the loss
+}
+PIECES = {  # GRPO with a piece that no conf/loss/*.yaml has
+    "k1_plus": Variant(kl=k1_plus),
+    "sequence_icepop": Variant(weight=sequence_icepop(0.5, 5.0)),
+    "sequence_tis_geometric": Variant(weight=sequence_tis(3.0, mean_of_logs=True)),
 }
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from rewards.weighted import WeightedRewards
@@ -61,11 +61,11 @@ def test_overrides_of_the_docs():
 
 def test_add_a_reward_page(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "add-a-reward.md").read_text(encoding="utf-8")
-    python, command, line = re.findall(r"```\w+\n(.*?)```", page, re.S)
+    python, command, yaml, _ = re.findall(r"```\w+\n(.*?)```", page, re.S)
     (tmp_path / "my_rewards.py").write_text(python, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
-    assert len((python + command + line).splitlines()) < 25
+    assert len((python + command + yaml).splitlines()) < 25
 
     argv = shlex.split(command)
     assert argv[:3] == ["python", "-m", "grpo.train"]
@@ -75,10 +75,10 @@ def test_add_a_reward_page(tmp_path, monkeypatch):
     assert by_command.score([completion(22, "B")], contexts=[CONTEXT]).components[0][-1] == 1.0
 
     (tmp_path / "rewards").mkdir()
-    source = (ROOT / "conf" / "rewards" / "audsem.yaml").read_text(encoding="utf-8").rstrip("\n")
-    (tmp_path / "rewards" / "mine.yaml").write_text(f"{source}\n{line}", encoding="utf-8")
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        by_file = instantiate(compose("rewards/mine", overrides=["+think_words=25"]).rewards)
+    (tmp_path / "rewards" / "mine.yaml").write_text(yaml, encoding="utf-8")
+    with initialize_config_module("conf", version_base="1.3"):
+        words = ["rewards=mine", "think_words=25", f"hydra.searchpath=[file://{tmp_path}]"]  # as by --config-dir
+        by_file = instantiate(compose("train", words).rewards)
     assert by_file.describe() == by_command.describe()
 
 
