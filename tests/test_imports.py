@@ -16,7 +16,7 @@ DOORS = {
     "deepspeed": {"grpo/engine.py"},
     "vllm": {"grpo/rollout/vllm.py", "grpo/sync/worker.py"},
     "wandb": {"grpo/tracking.py"},
-    "optuna": {"grpo/sweep.py"},
+    "optuna": {"grpo/optuna_sweep.py"},
 }
 
 
