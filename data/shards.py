@@ -30,7 +30,6 @@ from data.audio import load
 from data.manifest import Manifest, read, row_of
 from data.question import Clip, Question
 
-
 PLACE = ("audio", "span", "start", "end", "sha256")  # what says where a clip lies: it lies elsewhere now
 
 
