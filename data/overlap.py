@@ -162,13 +162,13 @@ def main(arguments: list[str] | None = None) -> int:
         found, silent = overlaps(train.questions, bench.questions, workers=max(0, args.workers), progress=say)
     clips = len(_clips(bench.questions)), len(_clips(train.questions))
     report = {"bench_clips": clips[0], "train_clips": clips[1], "found": [asdict(o) for o in found], "unread": silent,
-              "bench_clips_found": len({o.bench for o in found}), "by": dict(Counter(o.kind for o in found))}  # fmt: skip
+              "bench_found": len({o.bench for o in found}), "by": dict(Counter(o.kind for o in found))}  # fmt: skip
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
     else:
         for o in found:
             print("".join(c if c.isprintable() else "?" for c in f"{o.kind:<8} {o.train}  {o.bench}  {o.evidence}"))
-        print(f"{report['bench_clips_found']} of {clips[0]} benchmark clips are among {clips[1]} training clips"
+        print(f"{report['bench_found']} of {clips[0]} benchmark clips are among {clips[1]} training clips"
               + "".join(f"; {kind} {n}" for kind, n in report["by"].items()))  # fmt: skip
         if silent:
             print(f"{len(silent)} clips could not be compared but by source, such as {silent[0]}")
