@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import resource
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from data.audio import ClipError, decode
@@ -130,7 +131,14 @@ def _look_at(jobs: list[Job], min_seconds: float, max_seconds: float) -> list[Lo
 
 
 def _limit() -> None:
+    """What a process does first: it bounds its memory, and leaves when the one that started it is killed."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
 
 
 def _key(job: Job, min_seconds: float, max_seconds: float) -> str:

@@ -88,9 +88,8 @@ def test_every_row_gets_its_state(tmp_path, capsys):
         == 1
     )
     report = json.loads(capsys.readouterr().out)
-    assert report["states"]["ok"] == 6 and not {"short_text", "leaked_caption", "too_short", "too_long"} & set(
-        report["states"]
-    )
+    assert report["states"]["ok"] == 6, report
+    assert not {"short_text", "leaked_caption", "too_short", "too_long"} & set(report["states"])
     assert report["gold"]["counts"] == {"B": 6} and "always B scores 100.0%" in report["gold"]["text"]
 
 
