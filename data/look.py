@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import resource
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from data.audio import ClipError, decode
@@ -107,17 +108,22 @@ def _looks(jobs: list[Job], min_seconds: float, max_seconds: float, workers: int
                         yield from zip(running.pop(future), seen, strict=True)
             except BrokenProcessPool:
                 pass  # one of the chunks in flight did it: its clips are looked at one by one
-        suspects = [job for chunk in running.values() for job in chunk]
-        for job in suspects:
-            yield job, _alone(job, min_seconds, max_seconds)
+        yield from _one_by_one([job for chunk in running.values() for job in chunk], min_seconds, max_seconds)
 
 
-def _alone(job: Job, min_seconds: float, max_seconds: float) -> Look:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_limit) as pool:
-        try:
-            return pool.submit(look, job, min_seconds, max_seconds).result()
-        except BrokenProcessPool:
-            return Look("unreadable", f"{job.path}: the process that decoded it died")
+def _one_by_one(jobs: list[Job], min_seconds: float, max_seconds: float) -> Iterator[tuple[Job, Look]]:
+    """Each in turn in one process, and in a new one after a clip has brought it down."""
+    left = iter(jobs)
+    job = next(left, None)
+    while job is not None:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_limit) as pool:
+            try:
+                while job is not None:
+                    yield job, pool.submit(look, job, min_seconds, max_seconds).result()
+                    job = next(left, None)
+            except BrokenProcessPool:
+                yield job, Look("unreadable", f"{job.path}: the process that decoded it died")
+                job = next(left, None)
 
 
 def _look_at(jobs: list[Job], min_seconds: float, max_seconds: float) -> list[Look]:
@@ -125,7 +131,14 @@ def _look_at(jobs: list[Job], min_seconds: float, max_seconds: float) -> list[Lo
 
 
 def _limit() -> None:
+    """What a process does first: it bounds its memory, and leaves when the one that started it is killed."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
 
 
 def _key(job: Job, min_seconds: float, max_seconds: float) -> str:

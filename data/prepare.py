@@ -148,7 +148,8 @@ def _write(source: Source, wish: Wish, rows: Iterator[Draft], looks: dict[Job, L
     sounds: set[str | None] = set()
     names = [wish.out, wish.out.with_name(f"{wish.out.stem}.states.jsonl")]
     temporary = [p.with_name(f".{p.name}.{os.getpid()}") for p in names]
-    with temporary[0].open("w", encoding="utf-8") as manifest, temporary[1].open("w", encoding="utf-8") as log:
+    written = partial(open, mode="w", encoding="utf-8", errors="backslashreplace")  # half a surrogate pair in an id
+    with written(temporary[0]) as manifest, written(temporary[1]) as log:
         for draft in rows:
             seen_clip = Look("missing", f"no file for {draft.audio!r} under {wish.audio}"[:300])
             if draft.job is not None:
@@ -191,7 +192,7 @@ def _write(source: Source, wish: Wish, rows: Iterator[Draft], looks: dict[Job, L
         "versions": {"soundfile": soundfile.__version__, "libsndfile": soundfile.__libsndfile_version__},
     }  # fmt: skip
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    wish.out.with_name(f"{wish.out.stem}.report.json").write_text(text, encoding="utf-8")
+    wish.out.with_name(f"{wish.out.stem}.report.json").write_text(text, encoding="utf-8", errors="backslashreplace")
     for here, there in zip(temporary[::-1], names[::-1], strict=True):  # the manifest last: where it is, all is
         here.replace(there)
     return report
@@ -271,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"cannot prepare: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))
     else:
         show(report)
     return 0 if report["states"].get("ok", 0) == report["rows"] else 1

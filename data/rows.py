@@ -186,7 +186,6 @@ def _tar(path: Path) -> Iterator[Row]:
 def _members(path: Path, file) -> Iterator[tuple[str, str, tarfile.TarInfo | RowError]]:
     """(key, kind, member or what is wrong with it) of all members but folders."""
     size = path.stat().st_size
-    key = ""
     try:
         with tarfile.open(fileobj=_Capped(file), mode="r:") as tar:
             while (member := tar.next()) is not None:
@@ -198,7 +197,7 @@ def _members(path: Path, file) -> Iterator[tuple[str, str, tarfile.TarInfo | Row
                 key, kind = f"{folder}/{name}" if folder else name, kind.lower()
                 yield key, kind, _refusal(member, kind, size) or member
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        yield key, "", RowError("bad_tar", f"damaged here, the rest is lost: {error}"[:300])
+        yield "", "", RowError("bad_tar", f"damaged here, the rest is lost: {error}"[:300])
 
 
 def _json_member(file, member: tarfile.TarInfo) -> dict:

@@ -76,8 +76,9 @@ def write(path: str | Path, questions: Sequence[Question], predictions: Mapping[
     for a prediction of no question.
     """
     names = {q.benchmark for q in questions}
-    if len(names) != 1 or (name := names.pop()) not in FORMATS:
-        raise ValueError(f"questions of one of {', '.join(FORMATS)} are needed, got {sorted(map(str, names | {name}))}")
+    if len(names) != 1 or not names <= set(FORMATS):
+        raise ValueError(f"questions of one of {', '.join(FORMATS)} are needed, got {sorted(map(str, names))}")
+    (name,) = names
     if strangers := set(predictions) - {q.id for q in questions}:
         raise ValueError(f"prediction for {min(strangers)!r}, which is no question of {name}")
     form, lines = FORMATS[name], []
