@@ -111,7 +111,7 @@ def test_the_command_finds_each_kind_and_cleans(tmp_path, capsys):
     soundfile.write(train / "bytes.flac", waves[0], RATE)
     (bench / "x.flac").write_bytes((train / "bytes.flac").read_bytes())
     soundfile.write(train / "samples.flac", waves[1], RATE)
-    soundfile.write(bench / "y.wav", waves[1], RATE)  # 16 bits both
+    soundfile.write(bench / "y.wav", *soundfile.read(train / "samples.flac", dtype="int16"))
     soundfile.write(train / "sound.mp3", waves[2], RATE)
     soundfile.write(bench / "z.ogg", 0.3 * waves[2], RATE)
     soundfile.write(train / "dQw4w9WgXcQ_30.wav", waves[3], RATE)
@@ -135,6 +135,7 @@ def test_the_command_finds_each_kind_and_cleans(tmp_path, capsys):
     assert main([str(tmp_path / "no.jsonl"), str(bench / "m.jsonl")]) == 2
 
 
+@pytest.mark.slow  # a process takes long to import torch
 def test_processes_hear_the_same(tmp_path):
     waves = [scene(seed, 1.0) for seed in range(3)]
     for i, wave in enumerate(waves):
