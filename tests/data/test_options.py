@@ -61,7 +61,7 @@ def test_options_within_a_question():
     assert within("Who? Please choose the answer from the following options: ['x', 'y']") == ("Who?", ["x", "y"])
     assert within("Which options are there?\nChoices:\nA. one\nB. two") == ("Which options are there?", ["one", "two"])
     for text in ("What is it?", "A. only one", "x" * 30_000):
-        with pytest.raises(RowError, match="options|characters"):
+        with pytest.raises(RowError, match=r"options|characters"):
             within(text)
 
 
