@@ -138,8 +138,8 @@ def _judge(path: Path, source, start, end, hz: int, min_seconds: float, max_seco
 
 
 class _Forward(soundfile.SoundFile):
-    """Read from front to back. soundfile seeks to where it is after every read, and a seek in an MP3 loses the bits that
-    a frame keeps in those before it: a click at each block."""
+    """Read from front to back. soundfile seeks to where it is after every read, and a seek in an MP3 loses the bits
+    that a frame keeps in those before it: a click at each block."""
 
     def seekable(self) -> bool:
         return False

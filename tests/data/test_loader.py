@@ -54,7 +54,7 @@ def test_an_mp3_is_the_same_in_blocks_and_from_the_middle(tmp_path, start):
     at_once = soundfile.read(tmp_path / "x.mp3", dtype="float32")[0]
     first = round((start or 0) * 24000)
     samples = load(tmp_path / "x.mp3", start=start, hz=24000).samples
-    assert np.array_equal(samples, at_once[first:])
+    assert np.abs(samples - at_once[first:]).max() < 1e-6
 
 
 def test_a_stretch_of_a_file_is_that_stretch_of_the_waveform(tmp_path):

@@ -58,8 +58,8 @@ def test_unicode_words():
 @settings(max_examples=200, deadline=None)
 @given(items, texts)
 def test_the_rule_is_a_rule_on_sets(item, prediction):
-    """Doubling and reversing the prediction changes nothing; the gold's own text is right unless it has no words; adding
-    the words of an option that has others makes it wrong."""
+    """Doubling and reversing the prediction changes nothing; the gold's own text is right unless it has no words;
+    adding the words of an option that has others makes it wrong."""
     choices, answer = item
     verdict = mmau(prediction, choices, answer)
     assert mmau(" ".join(reversed((prediction + " " + prediction).split())), choices, answer) == verdict
