@@ -137,6 +137,14 @@ def _judge(path: Path, source, start, end, hz: int, min_seconds: float, max_seco
     return info
 
 
+class _Forward(soundfile.SoundFile):
+    """Read from front to back. soundfile seeks to where it is after every read, and a seek in an MP3 loses the bits
+    that a frame keeps in those before it: a click at each block."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 def _rewound(source):
     if not isinstance(source, str):
         source.seek(0)
@@ -160,9 +168,10 @@ def _decode(path: Path, source, first: int, wanted: int) -> tuple[np.ndarray, fl
     peak of all channels, NaN or infinite if one of them is."""
     blocks, peak, left = [np.zeros(0, np.float32)], 0.0, wanted
     try:
-        with soundfile.SoundFile(_rewound(source)) as file:
-            if first:
-                file.seek(first)
+        with _Forward(_rewound(source)) as file:
+            skip = first if file.format == "MP3" else file.seek(first) and 0
+            while skip > 0 and (gone := len(file.read(min(skip, BLOCK), dtype="float32", always_2d=True))):
+                skip -= gone
             # Not file.blocks(): where the data stops early it hands out its buffer with whatever was in that memory.
             while left > 0 and len(block := file.read(min(left, BLOCK), dtype="float32", always_2d=True)):
                 with np.errstate(over="ignore", invalid="ignore"):

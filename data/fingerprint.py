@@ -5,8 +5,8 @@ algorithm" (ISMIR 2003), in numpy.
 2. Peaks: cells that are the largest within +-6 frames and +-8 bins and above the clip's median; 32 a second at most.
 3. Pairs: each peak with the next 8 peaks at 2 to 63 frames behind and up to 63 bins away; hash = (bin, bin difference,
    frame difference), in 64 ms x 16 Hz cells as they are.
-4. Match: hashes that two clips share, counted by the time shift they ask for. The score is the largest count within
-   +-1 frame, as a share of the smaller clip's hashes.
+4. Match: different hashes that two clips share, counted by the time shift they ask for. The score is the largest count
+   within two neighbouring shifts, as a share of the smaller clip's different hashes.
 
 Gain changes nothing (peaks are relative), a cut shifts all pairs alike, re-encoding and resampling move some peaks. A
 steady tone or a digital beep has no peaks in time to tell it by: two of one pitch are the same sound here.
@@ -71,7 +71,7 @@ class Index:
         self.hashes = hashes[order]
         self.frames = np.concatenate([p.frames for p in prints] or [np.zeros(0, np.int32)])[order]
         self.owners = np.repeat(np.arange(len(prints)), [len(p) for p in prints])[order]
-        self.sizes = np.array([len(p) for p in prints], np.int64)
+        self.sizes = np.array([len(np.unique(p.hashes)) for p in prints], np.int64)
 
     def matches(self, clip: Fingerprint) -> list[tuple[int, float]]:
         """(number of the clip, score) of all that share enough with `clip`, best first."""
@@ -81,15 +81,16 @@ class Index:
             return []
         first = np.concatenate([[0], np.cumsum(counts)[:-1]])
         place = np.repeat(low - first, counts) + np.arange(total)
+        kinds, kind = np.unique(clip.hashes, return_inverse=True)
         source = np.repeat(np.arange(len(clip)), counts)
         shifts = self.frames[place] - clip.frames[source] + SHIFTS // 2
-        # (owner, shift, hash of the clip): once each, however often the other repeats it; at a shift and the next one,
+        # (owner, shift, hash): each hash once, or a tone that repeats itself outvotes all; at a shift and the next one,
         # for half a frame may fall to either side.
-        votes = (self.owners[place] * SHIFTS + shifts) << 20 | source
+        votes = (self.owners[place] * SHIFTS + shifts) << 20 | kind[source]
         cells, count = np.unique(np.unique(np.concatenate([votes, votes + (1 << 20)])) >> 20, return_counts=True)
         owners, most = np.unique(cells // SHIFTS), np.zeros(len(self.sizes), np.int64)
         np.maximum.at(most, cells // SHIFTS, count)
-        scores = np.minimum(1.0, most[owners] / np.minimum(self.sizes[owners], len(clip)).clip(1))
+        scores = np.minimum(1.0, most[owners] / np.minimum(self.sizes[owners], len(kinds)).clip(1))
         best = [(int(o), float(s)) for o, s in zip(owners, scores, strict=True) if most[o] >= LEAST and s >= SHARE]
         return sorted(best, key=lambda found: (-found[1], found[0]))
 

@@ -131,3 +131,34 @@ def test_no_row_raises(tmp_path_factory, change):
     folder = Path(tmp_path_factory.getbasetemp())
     manifest = read(save(folder, ROW | change))
     assert len(manifest) + len(manifest.problems) == 1
+
+
+def test_every_field_comes_back(tmp_path):
+    """Written and read, a question is the same question: nothing that a benchmark published is lost."""
+    from data.manifest import OPTIONAL, read, write
+    from data.question import Question
+
+    texts = {k: f"{k} ü <b>" for k, kind in OPTIONAL.items() if kind is str}
+    meta = {"row": {"id": "1", "nested": [{"a": None, "b": 1.5}], "category": ["Reasoning"]}}
+    question = Question(
+        "q", tmp_path / "x.wav", "?", ("a", ""), 1, start=0.25, end=1.0, span=(512, 99), meta=meta, **texts
+    )
+    assert all(getattr(question, k) is not None for k in OPTIONAL)
+    write(tmp_path / "m.jsonl", [question], tmp_path)
+    assert read(tmp_path / "m.jsonl").questions == [question]
+    assert hash(question) == hash(read(tmp_path / "m.jsonl").questions[0])
+
+
+def test_a_withheld_answer_must_be_asked_for(tmp_path):
+    import json
+
+    from data.dataset import DataError, Dataset
+    from data.manifest import read
+
+    row = {"id": "q", "audio": "x.wav", "question": "?", "choices": ["a", "b"], "answer": None}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    assert [p.reason for p in read(tmp_path / "m.jsonl").problems] == ["bad_type"]
+    hidden = read(tmp_path / "m.jsonl", hidden=True)
+    assert hidden.questions[0].answer is None
+    with pytest.raises(DataError, match="its answer is withheld"):
+        Dataset(hidden, hidden, verify="none")

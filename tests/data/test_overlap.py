@@ -96,9 +96,12 @@ def question(name, audio, **more):
 
 def test_what_a_recording_is_called():
     video = "dQw4w9WgXcQ"
-    for q in [question("a", None, clip=f"{video} (12_5-17_5)"), question("a", None, clip=video),
-              question("a", None, meta={"row": {"url": f"https://youtu.be/{video}?t=3"}}),
-              question("a", None, meta={"row": {"url": f"https://www.youtube.com/watch?x=1&v={video}&list=2"}})]:  # fmt: skip
+    for q in [
+        question("a", None, clip=f"{video} (12_5-17_5)"),
+        question("a", None, clip=video),
+        question("a", None, meta={"row": {"url": f"https://youtu.be/{video}?t=3"}}),
+        question("a", None, meta={"row": {"url": f"https://www.youtube.com/watch?x=1&v={video}&list=2"}}),
+    ]:
         assert source_names(q) == {f"youtube {video}"}
     assert source_names(question("a", None, clip="102.wav", source="clotho")) == {"clotho 102.wav"}
     assert source_names(question("a", None, clip="description")) == set()  # a word of eleven letters
@@ -111,7 +114,7 @@ def test_the_command_finds_each_kind_and_cleans(tmp_path, capsys):
     soundfile.write(train / "bytes.flac", waves[0], RATE)
     (bench / "x.flac").write_bytes((train / "bytes.flac").read_bytes())
     soundfile.write(train / "samples.flac", waves[1], RATE)
-    soundfile.write(bench / "y.wav", waves[1], RATE)  # 16 bits both
+    soundfile.write(bench / "y.wav", *soundfile.read(train / "samples.flac", dtype="int16"))
     soundfile.write(train / "sound.mp3", waves[2], RATE)
     soundfile.write(bench / "z.ogg", 0.3 * waves[2], RATE)
     soundfile.write(train / "dQw4w9WgXcQ_30.wav", waves[3], RATE)
@@ -126,8 +129,11 @@ def test_the_command_finds_each_kind_and_cleans(tmp_path, capsys):
     assert main([*arguments, "--clean", str(train / "c.jsonl")]) == 1
     report = json.loads(capsys.readouterr().out)
     assert [(o["kind"], o["train"], o["bench"]) for o in report["found"]] == [
-        ("source", "dQw4w9WgXcQ_30", "v"), ("bytes", "bytes", "x"), ("samples", "samples", "y"), ("sound", "sound", "z")
-    ]  # fmt: skip
+        ("source", "dQw4w9WgXcQ_30", "v"),
+        ("bytes", "bytes", "x"),
+        ("samples", "samples", "y"),
+        ("sound", "sound", "z"),
+    ]
     assert len(report["unread"]) == 1 and "broken.wav" in report["unread"][0]
     assert [q.id for q in manifest.read(train / "c.jsonl")] == ["clean"]  # both questions on a clip that was found go
     assert main([str(train / "c.jsonl"), str(bench / "m.jsonl"), "--workers", "0"]) == 0
@@ -135,6 +141,7 @@ def test_the_command_finds_each_kind_and_cleans(tmp_path, capsys):
     assert main([str(tmp_path / "no.jsonl"), str(bench / "m.jsonl")]) == 2
 
 
+@pytest.mark.slow  # a process takes long to import torch
 def test_processes_hear_the_same(tmp_path):
     waves = [scene(seed, 1.0) for seed in range(3)]
     for i, wave in enumerate(waves):

@@ -25,8 +25,14 @@ def tone(seconds=1.0, hz=16000, level=0.3):
 
 
 def row(clip, question="What is to be heard here?", thinking=LONG, answer="B. rain on a roof", **more):
-    return {"file_name": clip, "question": question, "choices": '["a dog barks", "rain on a roof", "wind"]', "answer": answer,
-            "thinking": thinking, "semantic_elements": LONG} | more  # fmt: skip
+    return {
+        "file_name": clip,
+        "question": question,
+        "choices": '["a dog barks", "rain on a roof", "wind"]',
+        "answer": answer,
+        "thinking": thinking,
+        "semantic_elements": LONG,
+    } | more
 
 
 def table(path, rows):
@@ -57,8 +63,12 @@ def test_every_row_gets_its_state(tmp_path, capsys):
     (clips / f"{names(6)} (0-1).mp3").write_bytes(b"")
     rows = [row(f"{names(i)} (0-1)") for i in range(8)]  # 7 has no file
     rows += [row(f"{names(0)} (0-1)", question="And what is it now?"), row(f"{names(0)} (0-1)")]
-    rows += [row(f"{names(0)} (0-1)", question="Short?"), row(f"{names(0)} (0-1)", thinking="As the Original Caption says, rain."),
-             row(f"{names(0)} (0-1)", answer="D. snow on a roof"), row("")]  # fmt: skip
+    rows += [
+        row(f"{names(0)} (0-1)", question="Short?"),
+        row(f"{names(0)} (0-1)", thinking="As the Original Caption says, rain."),
+        row(f"{names(0)} (0-1)", answer="D. snow on a roof"),
+        row(""),
+    ]
     out = tmp_path / "train.jsonl"
     arguments = [
         "audsem",
@@ -75,22 +85,31 @@ def test_every_row_gets_its_state(tmp_path, capsys):
     assert "11 of 14 present, 2 in " in said  # 7 has no file; the last two could not be read as questions
     found = states(out)
     assert [s["state"] for s in found] == [
-        *sounds, "unreadable", "empty", "missing", "ok", "duplicate", "short_text", "leaked_caption", "answer_range", "missing_key"
-    ]  # fmt: skip
+        *sounds,
+        "unreadable",
+        "empty",
+        "missing",
+        "ok",
+        "duplicate",
+        "short_text",
+        "leaked_caption",
+        "answer_range",
+        "missing_key",
+    ]
     assert (found[0]["seconds"], found[0]["hz"], len(found[0]["sha256"])) == (1.0, 16000, 64)
     assert [q.id for q in manifest.read(out)] == [f"{names(0)} (0-1)_qa_0", f"{names(0)} (0-1)_qa_1"]
     assert check.main([str(out), "--max-seconds", "300"]) == 0
     capsys.readouterr()
 
-    # The filters are options: what each one left out comes in without it.
+    # The filters are options: what each one left out comes in without it (the leak is now the first row's double).
     assert (
         main([*arguments, "--min-text", "0", "--keep-leaks", "--min-seconds", "0.03", "--max-seconds", "400", "--json"])
         == 1
     )
     report = json.loads(capsys.readouterr().out)
-    assert report["states"]["ok"] == 6, report
+    assert report["states"]["ok"] == 5, report
     assert not {"short_text", "leaked_caption", "too_short", "too_long"} & set(report["states"])
-    assert report["gold"]["counts"] == {"B": 6} and "always B scores 100.0%" in report["gold"]["text"]
+    assert report["gold"]["counts"] == {"B": 5} and "always B scores 100.0%" in report["gold"]["text"]
 
 
 @pytest.mark.parametrize(
@@ -163,8 +182,12 @@ def test_killed_at_any_point_and_resumed_the_manifest_is_the_same(tmp_path, work
     )
     (tmp_path / "dying.py").write_text(script)
     for _ in range(2):
-        dead = subprocess.run([sys.executable, str(tmp_path / "dying.py"), *arguments("killed")], cwd=tmp_path,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)  # fmt: skip
+        dead = subprocess.run(
+            [sys.executable, str(tmp_path / "dying.py"), *arguments("killed")],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+        )
         assert dead.returncode == -signal.SIGKILL, dead.stderr
         assert not (tmp_path / "killed" / "m.jsonl").exists()
     journal = tmp_path / "killed" / ".m.looks.jsonl"
@@ -194,7 +217,7 @@ def test_a_changed_file_is_looked_at_again(tmp_path):
 
 
 def test_a_clip_that_kills_its_process_is_found_out_alone(tmp_path):
-    """As a file does that brings the decoder down: the functions of data.look die at the clips with a 7 in their names."""
+    """As a file does that brings the decoder down: data.look's functions die at the clips with a 7 in their names."""
     (tmp_path / "crash.py").write_text(
         "import os, signal\n"
         "from data import look\n"
@@ -207,8 +230,13 @@ def test_a_clip_that_kills_its_process_is_found_out_alone(tmp_path):
         "    seen = dict(look._looks([look.Job(f'clip{i}') for i in range(36)], 0.1, 300.0, 1))\n"
         "    print(len(seen), *sorted(job.path for job, s in seen.items() if s.state != 'ok'))\n"
     )
-    done = subprocess.run([sys.executable, str(tmp_path / "crash.py")], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "crash.py")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.stdout.split() == ["36", "clip17", "clip27", "clip7"], done.stderr
 
 

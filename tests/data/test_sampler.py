@@ -72,3 +72,35 @@ def test_too_few_questions():
         Sampler(questions(2), 3, 0)
     with pytest.raises(ValueError, match="leave 1 good ones"):
         Sampler(questions(3), 2, 0).batch(0, frozenset({"q0", "q1"}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 12), st.integers(0, 99), st.integers(2, 6))
+def test_options_stand_in_another_order_every_epoch(n, seed, options):
+    """Every epoch asks each question with its own options and gold; the order is a function of (seed, epoch, id)."""
+    asked = [Question(f"q{i}", None, "?", tuple(f"{i}.{k}" for k in range(options)), i % options) for i in range(n)]
+    sampler, again = (Sampler(asked, 1, seed, shuffle_options=True) for _ in range(2))
+    plain = Sampler(asked, 1, seed)
+    for step in range(3 * n):
+        (q,), (before,) = sampler.batch(step), plain.batch(step)
+        assert q.id == before.id and sorted(q.choices) == sorted(before.choices) and q.gold == before.gold
+        assert q == before.shuffled(seed, step // n)
+    assert again.batch(3 * n - 1) == sampler.batch(3 * n - 1)  # resumed there, without the steps before
+
+
+def test_shuffled_golds_are_even_and_independent():
+    """3,000 draws over 4 places: 750 +- 4 x 24 each; of two questions or epochs, one in four agree."""
+    q = Question("q", None, "?", ("a", "b", "c", "d"), 0)
+    golds = [q.shuffled(0, epoch).answer for epoch in range(3000)]
+    assert all(abs(golds.count(place) - 750) < 96 for place in range(4))
+    assert abs(sum(a == b for a, b in itertools.pairwise(golds)) - 750) < 96
+    other = Question("r", None, "?", ("a", "b", "c", "d"), 0)
+    assert abs(sum(other.shuffled(0, e).answer == g for e, g in enumerate(golds)) - 750) < 96
+
+
+def test_a_replaced_question_keeps_its_epochs_order():
+    sampler = Sampler(questions(6), 2, 0, shuffle_options=True)
+    for step in range(9):
+        lost = sampler.batch(step)[0].id
+        for q in sampler.batch(step, frozenset({lost})):
+            assert any(q == q0.shuffled(0, e) for q0 in questions(6) if q0.id == q.id for e in range(5))

@@ -58,8 +58,8 @@ def test_unicode_words():
 @settings(max_examples=200, deadline=None)
 @given(items, texts)
 def test_the_rule_is_a_rule_on_sets(item, prediction):
-    """Doubling, reversing and upper-casing the prediction changes nothing; the gold's own text is right unless it has no
-    words; adding the words of an option that has others makes it wrong."""
+    """Doubling and reversing the prediction changes nothing; the gold's own text is right unless it has no words;
+    adding the words of an option that has others makes it wrong."""
     choices, answer = item
     verdict = mmau(prediction, choices, answer)
     assert mmau(" ".join(reversed((prediction + " " + prediction).split())), choices, answer) == verdict
@@ -74,9 +74,20 @@ def test_the_rule_is_a_rule_on_sets(item, prediction):
 
 @pytest.mark.parametrize(
     ("prediction", "right"),
-    [("B", True), ("B. Rain", True), ("The answer is B.", True), ("\nB\n", True), ("A", False), ("Bus", True),
-     ("the answer is B", False), ("", False), ("None", False), ("b", False), ("x", False)],
-)  # fmt: skip
+    [
+        ("B", True),
+        ("B. Rain", True),
+        ("The answer is B.", True),
+        ("\nB\n", True),
+        ("A", False),
+        ("Bus", True),
+        ("the answer is B", False),
+        ("", False),
+        ("None", False),
+        ("b", False),
+        ("x", False),
+    ],
+)
 @pytest.mark.parametrize("benchmark", ["mmsu", "air_bench"])
 def test_first_or_second_to_last_letter(benchmark, prediction, right):
     assert official(prediction, ("Dog", "Rain", "Bell", "Wind"), 1, benchmark) is right
@@ -90,9 +101,17 @@ def test_mmsu_takes_any_option_with_the_golds_text_and_air_bench_the_first():
 
 @pytest.mark.parametrize(
     ("prediction", "right"),
-    [("(B) jazz", True), ("The correct answer is: B", True), ("A no. The correct answer is: (B)", True),
-     ("jazz", True), ("it is jazz or rock", False), ("A or B", False), ("", False), ("Drums and jazz", False)],
-)  # fmt: skip
+    [
+        ("(B) jazz", True),
+        ("The correct answer is: B", True),
+        ("A no. The correct answer is: (B)", True),
+        ("jazz", True),
+        ("it is jazz or rock", False),
+        ("A or B", False),
+        ("", False),
+        ("Drums and jazz", False),
+    ],
+)
 def test_muchomusic(prediction, right):
     assert official(prediction, ("rock", "jazz", "pop", "folk"), 1, "muchomusic") is right
 
@@ -123,8 +142,13 @@ def right_of_a_perfect_model(benchmark, rule):
     4 (is | was), gold 1               text; "A. is"; sentence ok
     5 (C | A | B minor), gold 1        text; "A. C" says "a"; the sentence ok; the letter A is the wrong option's text
     """
-    questions = [(("dog", "a cat", "rain"), 0), (("rain", "dog"), 1), (("the sea", "the answer"), 0), (("is", "was"), 0),
-                 (("C", "A", "B minor"), 0)]  # fmt: skip
+    questions = [
+        (("dog", "a cat", "rain"), 0),
+        (("rain", "dog"), 1),
+        (("the sea", "the answer"), 0),
+        (("is", "was"), 0),
+        (("C", "A", "B minor"), 0),
+    ]
     return [sum(rule(style.format(t=c[g], a="ABC"[g]), c, g) for c, g in questions) for style in STYLES.values()]
 
 
@@ -135,10 +159,21 @@ def test_what_a_perfect_model_scores_by_style():
 
 @pytest.mark.parametrize(
     ("prediction", "state"),
-    [("B", "ok"), ("(b)", "ok"), ("B. a cat meows", "ok"), ("“A cat meows.”", "ok"), ("Option B", "ok"),
-     ("B. Rain", "ambiguous"), ("a dog and a cat", "not a choice"), ("", "not a choice"), ("E", "not a choice"),
-     ("The answer is B", "not a choice"), ("x" * 5000, "not a choice"), (None, "no tag")],
-)  # fmt: skip
+    [
+        ("B", "ok"),
+        ("(b)", "ok"),
+        ("B. a cat meows", "ok"),
+        ("“A cat meows.”", "ok"),
+        ("Option B", "ok"),
+        ("B. Rain", "ambiguous"),
+        ("a dog and a cat", "not a choice"),
+        ("", "not a choice"),
+        ("E", "not a choice"),
+        ("The answer is B", "not a choice"),
+        ("x" * 5000, "not a choice"),
+        (None, "no tag"),
+    ],
+)
 def test_strict_states(prediction, state):
     assert strict(prediction, CHOICES, 1) == (state == "ok", state)
     assert strict(prediction, CHOICES, 2)[0] is False

@@ -31,7 +31,7 @@ def questions(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_comes_out_is_what_went_in(tmp_path, questions, workers):
     packed = shards.write(questions, tmp_path / "packed", per_shard=4, workers=workers)
     assert [q.id for q in packed] and {q.id for q in packed} == {q.id for q in questions}

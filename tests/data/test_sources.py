@@ -19,40 +19,157 @@ ABCD = ["A dog", "rain & <b>wind</b>", "=SUM(A1)", "Glocke ü"]
 LETTERED = dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), ABCD, strict=True))
 PUBLISHED = {
     "mmau_mini": [
-        {"id": "u-1", "audio_id": "./test-mini-audios/one.wav", "question": "What?", "choices": ABCD, "answer": "rain & <b>wind</b>",
-         "dataset": "AudioSet", "task": "sound", "split": "test-mini", "category": "Reasoning", "sub-category": "x", "difficulty": "hard"},
-        {"id": "u-2", "audio_id": "./test-mini-audios/gone.wav", "question": "Twice?", "choices": ["up", "up"], "answer": "up",
-         "dataset": "Clotho", "task": "speech", "split": "test-mini", "category": ["Reasoning"], "sub-category": "y", "difficulty": "easy"},
+        {
+            "id": "u-1",
+            "audio_id": "./test-mini-audios/one.wav",
+            "question": "What?",
+            "choices": ABCD,
+            "answer": "rain & <b>wind</b>",
+            "dataset": "AudioSet",
+            "task": "sound",
+            "split": "test-mini",
+            "category": "Reasoning",
+            "sub-category": "x",
+            "difficulty": "hard",
+        },
+        {
+            "id": "u-2",
+            "audio_id": "./test-mini-audios/gone.wav",
+            "question": "Twice?",
+            "choices": ["up", "up"],
+            "answer": "up",
+            "dataset": "Clotho",
+            "task": "speech",
+            "split": "test-mini",
+            "category": ["Reasoning"],
+            "sub-category": "y",
+            "difficulty": "easy",
+        },
     ],
-    "mmau_test": [{"id": "t-1", "audio_id": "one.wav", "question": "?", "choices": ABCD, "answer": "", "task": "music"}],
+    "mmau_test": [
+        {"id": "t-1", "audio_id": "one.wav", "question": "?", "choices": ABCD, "answer": "", "task": "music"}
+    ],
     "mmar": [
-        {"id": "qx8hrhBZJ98_00-01-32_00-02-02", "audio_path": "./audio/one.wav", "question": "?", "choices": [*ABCD, ""],
-         "answer": "Glocke ü", "modality": "mix-sound-speech", "category": "Signal Layer", "sub-category": "z", "language": None,
-         "source": "youtube", "url": "https://www.youtube.com/watch?v=qx8hrhBZJ98&list=R", "timestamp": "00:01:32,00:02:02",
-         "thinking": "t", "cue": ["a", "b"], "rubric": [{"name": "n", "scoring_point": 1.5, "note": None}]},
+        {
+            "id": "qx8hrhBZJ98_00-01-32_00-02-02",
+            "audio_path": "./audio/one.wav",
+            "question": "?",
+            "choices": [*ABCD, ""],
+            "answer": "Glocke ü",
+            "modality": "mix-sound-speech",
+            "category": "Signal Layer",
+            "sub-category": "z",
+            "language": None,
+            "source": "youtube",
+            "url": "https://www.youtube.com/watch?v=qx8hrhBZJ98&list=R",
+            "timestamp": "00:01:32,00:02:02",
+            "thinking": "t",
+            "cue": ["a", "b"],
+            "rubric": [{"name": "n", "scoring_point": 1.5, "note": None}],
+        },
     ],
-    "mmsu": [{"id": "m-1", "audio_path": "one.wav", "question": "?", **LETTERED, "answer_gt": "=SUM(A1)", "task_name": "t",
-              "category": "Perception", "sub-category": "s", "sub-sub-category": "u", "linguistics_sub_discipline": "l"}],
-    "air_bench": [{"path": "one.wav", "question": "?", **LETTERED, "answer_gt": "A dog", "task_name": "Audio_Grounding",
-                   "dataset_name": "AudioGrounding", "uniq_id": 7}],
-    "dcase2025": [{"id": "bio_1", "audio_url": "https://host/a/one.wav", "question": "?", "choice": ["A. whale", "B. seal"],
-                   "answer": "B. seal", "question_type": "species"}],
-    "dcase2026": [{"id": "d-1", "audio_path": "dev/one.wav", "question_text": "?", "multi_choice": ABCD, "answer": "Glocke ü"}],
-    "muchomusic": [{"id": "one", "prompt": "Question: Mood?\n Options: (A) sad (B) gay \n The correct answer is: ", "answers": ["sad", "gay"],
-                    "answer_orders": [1, 0], "dataset": "sdd", "genre": "pop", "reasoning": ["mood"], "knowledge": [], "audio_path": "one.wav"}],
-}  # fmt: skip
+    "mmsu": [
+        {
+            "id": "m-1",
+            "audio_path": "one.wav",
+            "question": "?",
+            **LETTERED,
+            "answer_gt": "=SUM(A1)",
+            "task_name": "t",
+            "category": "Perception",
+            "sub-category": "s",
+            "sub-sub-category": "u",
+            "linguistics_sub_discipline": "l",
+        }
+    ],
+    "air_bench": [
+        {
+            "path": "one.wav",
+            "question": "?",
+            **LETTERED,
+            "answer_gt": "A dog",
+            "task_name": "Audio_Grounding",
+            "dataset_name": "AudioGrounding",
+            "uniq_id": 7,
+        }
+    ],
+    "dcase2025": [
+        {
+            "id": "bio_1",
+            "audio_url": "https://host/a/one.wav",
+            "question": "?",
+            "choice": ["A. whale", "B. seal"],
+            "answer": "B. seal",
+            "question_type": "species",
+        }
+    ],
+    "dcase2026": [
+        {"id": "d-1", "audio_path": "dev/one.wav", "question_text": "?", "multi_choice": ABCD, "answer": "Glocke ü"}
+    ],
+    "muchomusic": [
+        {
+            "id": "one",
+            "prompt": "Question: Mood?\n Options: (A) sad (B) gay \n The correct answer is: ",
+            "answers": ["sad", "gay"],
+            "answer_orders": [1, 0],
+            "dataset": "sdd",
+            "genre": "pop",
+            "reasoning": ["mood"],
+            "knowledge": [],
+            "audio_path": "one.wav",
+        }
+    ],
+}
 TRAINING = {
     "audsem": [
-        {"file_name": "abcdefghijk (12_5-17_5)", "question": "What is to be heard here?\nChoices:\nA. A dog\nB. rain\nC. a small bell\nD. wind",
-         "choices": {"A": "A dog", "B": "rain", "C": "a small bell", "D": "wind"}, "answer": "C. a small bell",
-         "thinking": "It rings in the distance.", "semantic_elements": "Agents: a bell ringer."}],
-    "avqa": [{"id": 3, "video_name": "abcdefghijk_12500_17500", "question_text": "?", "multi_choice": ["A dog", "rain", "a bell", "wind"],
-              "answer": 2, "dataset_name": "AVQA", "audio_path": "somewhere/abcdefghijk_12500_17500.wav"}],
-    "swift": [{"messages": [{"role": "user", "content": "<audio>What?\nChoices:\nA. A dog\nB. rain\nC. a bell\nD. wind"}],
-               "audios": ["x/one.wav"], "solution": "<think>hm</think><answer>C. a bell</answer>"}],
-    "table": [{"file": "one.wav", "question": "What?", "A": "A dog", "B": "rain", "C": "a bell", "D": "wind", "answer": "C", "start": "0.5"}],
-    "hf": [{"audio": {"path": "one.wav", "bytes": None}, "question": "What?", "choices": ["A dog", "rain", "a bell", "wind"], "answer": 2}],
-}  # fmt: skip
+        {
+            "file_name": "abcdefghijk (12_5-17_5)",
+            "question": "What is to be heard here?\nChoices:\nA. A dog\nB. rain\nC. a small bell\nD. wind",
+            "choices": {"A": "A dog", "B": "rain", "C": "a small bell", "D": "wind"},
+            "answer": "C. a small bell",
+            "thinking": "It rings in the distance.",
+            "semantic_elements": "Agents: a bell ringer.",
+        }
+    ],
+    "avqa": [
+        {
+            "id": 3,
+            "video_name": "abcdefghijk_12500_17500",
+            "question_text": "?",
+            "multi_choice": ["A dog", "rain", "a bell", "wind"],
+            "answer": 2,
+            "dataset_name": "AVQA",
+            "audio_path": "somewhere/abcdefghijk_12500_17500.wav",
+        }
+    ],
+    "swift": [
+        {
+            "messages": [{"role": "user", "content": "<audio>What?\nChoices:\nA. A dog\nB. rain\nC. a bell\nD. wind"}],
+            "audios": ["x/one.wav"],
+            "solution": "<think>hm</think><answer>C. a bell</answer>",
+        }
+    ],
+    "table": [
+        {
+            "file": "one.wav",
+            "question": "What?",
+            "A": "A dog",
+            "B": "rain",
+            "C": "a bell",
+            "D": "wind",
+            "answer": "C",
+            "start": "0.5",
+        }
+    ],
+    "hf": [
+        {
+            "audio": {"path": "one.wav", "bytes": None},
+            "question": "What?",
+            "choices": ["A dog", "rain", "a bell", "wind"],
+            "answer": 2,
+        }
+    ],
+}
 
 
 @pytest.fixture
@@ -123,8 +240,18 @@ def test_a_formula_never_reaches_a_spreadsheet(tmp_path, clips):
 
 
 def test_muchomusic_from_its_csv_becomes_the_evaluation_json(tmp_path, clips):
-    columns = ["question", "correct_answer", "distractor_1_answer", "distractor_2_answer", "distractor_3_answer", "dataset",
-               "dataset_identifier", "genre", "music_knowledge", "music_reasoning"]  # fmt: skip
+    columns = [
+        "question",
+        "correct_answer",
+        "distractor_1_answer",
+        "distractor_2_answer",
+        "distractor_3_answer",
+        "dataset",
+        "dataset_identifier",
+        "genre",
+        "music_knowledge",
+        "music_reasoning",
+    ]
     with (tmp_path / "m.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(columns)
@@ -184,8 +311,17 @@ def test_parquet_with_sound_inside(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     soundfile.write(tmp_path / "x.wav", 0.3 * np.sin(np.arange(16000) / 9), 16000)
     sound = {"bytes": (tmp_path / "x.wav").read_bytes(), "path": "x.wav"}
-    rows = [{"id": str(i), "context": sound, "question": f"{i}?", "choices": ["a b", "c"], "answer": "c", "category": ["Reasoning"]}
-            for i in range(2)]  # fmt: skip
+    rows = [
+        {
+            "id": str(i),
+            "context": sound,
+            "question": f"{i}?",
+            "choices": ["a b", "c"],
+            "answer": "c",
+            "category": ["Reasoning"],
+        }
+        for i in range(2)
+    ]
     (tmp_path / "p").mkdir()
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p" / "t.parquet")
     out = tmp_path / "out" / "m.jsonl"
