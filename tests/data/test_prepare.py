@@ -147,7 +147,7 @@ def test_a_whole_video_is_cut_and_doubt_finds_nothing(tmp_path):
     assert recording("a dog") is None
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_any_point_and_resumed_the_manifest_is_the_same(tmp_path, workers):
     """A process that looks at clips is killed with SIGKILL after so many lines of its journal, once mid-line."""
     clips = tmp_path / "clips"
