@@ -59,7 +59,8 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
 
     # ---------------------------------------------------------------- updates
     with clock("update"):
-        if run.idle_groups_rest and (idle_B := (advantage_BG == 0).all(1)).any():
+        idle_B = (advantage_BG == 0).all(1)
+        if run.idle_groups_rest and engine.reduce({"idle": float(idle_B.any())}, "max")["idle"]:  # on any rank
             micro = micro_batches(engine, policy, groups, s.micro_tokens, idle_B)
         counts = engine.reduce({"tokens": float(mask_NT.sum()), "sequences": float(reward_BG.numel()),
                                 "micro": float(len(micro)),

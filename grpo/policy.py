@@ -184,10 +184,11 @@ class Policy(nn.Module):
             self.audio_cache.of(self._tower_fingerprint())
         kept = {p.clip_sha256: self.audio_cache.get(p.clip_sha256) for p in prompts}
         missing = [p for p in {p.clip_sha256: p for p in prompts}.values() if kept[p.clip_sha256] is None]
+        others = self._most(len(missing)) - len(missing)  # before the first: who misses nothing must not run ahead
         for p in missing:
             kept[p.clip_sha256] = self._hear(p)
             self.audio_cache.put(p.clip_sha256, kept[p.clip_sha256])
-        for _ in range(self._most(len(missing)) - len(missing)):
+        for _ in range(others):
             self._hear(prompts[0])
         return [kept[p.clip_sha256].to(self.device) for p in prompts]
 
