@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grpo.rollout import RolloutError, Sampling
+from grpo.rollout import Done, RolloutError, Sampling, ignore
 from grpo.rollout.hf import HFRollout
 
 
@@ -13,9 +13,9 @@ class Flaky(HFRollout):
         super().__init__(policy, batch=batch)
         self.mended, self.step, self.evaluation, self.evaluations = Path(mended), step, evaluation, 0
 
-    def generate(self, prompts, copies, sampling: Sampling):
+    def generate(self, prompts, copies, sampling: Sampling, done: Done = ignore):
         self.evaluations += sampling.greedy
         now = self.evaluations - 1 == self.evaluation if sampling.greedy else sampling.step == self.step
         if now and not self.mended.exists():
             raise RolloutError("the engine is gone")
-        return super().generate(prompts, copies, sampling)
+        return super().generate(prompts, copies, sampling, done)
