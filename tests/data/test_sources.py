@@ -308,7 +308,9 @@ def flac(path):
 
 
 def test_parquet_with_sound_inside(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     soundfile.write(tmp_path / "x.wav", 0.3 * np.sin(np.arange(16000) / 9), 16000)
     sound = {"bytes": (tmp_path / "x.wav").read_bytes(), "path": "x.wav"}
     rows = [
