@@ -1,23 +1,14 @@
-"""Is an answer right? Each benchmark's published rule (`official`) and one strict rule of our own (`strict`).
+"""Is an answer right by a benchmark's published rule? The strict rule of our own is read in grpo/predict.py.
 
-Both take the text of the ANSWER, what stands in <answer>…</answer>, not the whole completion. Standard library only.
+A rule takes the text of the ANSWER, what stands in <answer>…</answer>, not the whole completion. Standard library only.
 Departure from every published scorer: an item without a usable answer is wrong; theirs leave it out of the denominator.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from string import ascii_uppercase
-
-STATES = ("ok", "no tag", "not a choice", "ambiguous", "truncated", "audio error")
-LONGEST_ANSWER = 4000  # longer texts name no option: Unicode normalisation takes quadratic time on hostile marks
-# "b", "(B)", "B. dog", "b) dog", "B: dog", "B - dog", "Option B": a letter with text needs a mark between ("a dog").
-LABEL = re.compile(
-    r"(?:(?i:option|choice|answer)[ :]+)?[(\[]?([A-Za-z])(?:(?:[)\]][.:]?|[.:]| [-–—](?= )) *(\S.*)?|[)\]]?)"
-)
-
 
 # ---- published rules: (prediction, choices, gold index) -> bool ----
 
@@ -97,51 +88,6 @@ def official(prediction: str, choices: Sequence[str], answer: int, benchmark: st
     return RULES[benchmark](prediction, choices, answer)
 
 
-# ---- the strict rule ----
-
-
-def strict(prediction: str | None, choices: Sequence[str], answer: int, *, truncated: bool = False,
-           audio_error: bool = False) -> tuple[bool, str]:  # fmt: skip
-    """Right if the answer names the gold option and no other. Returns (right, one of STATES); only "ok" can be right.
-
-    `prediction` is None where the completion has no answer block; `truncated` says that the length limit cut it (which
-    matters only then: a whole block before the cut counts), `audio_error` that the clip could not be read.
-    Raises ValueError for a gold out of range.
-    """
-    _check_gold(choices, answer)
-    if audio_error:
-        return False, "audio error"
-    if prediction is None:
-        return False, "truncated" if truncated else "no tag"
-    named = {choices[i] for i in options_named(prediction, choices)}  # texts: an option printed twice is one option
-    if len(named) == 1:
-        return named == {choices[answer]}, "ok"
-    return False, "ambiguous" if named else "not a choice"
-
-
-def options_named(text: str, choices: Sequence[str]) -> set[int]:
-    """Indices of the options that an answer may mean: one if it is clear, several if not, none if it names none.
-
-    It names an option by text, by letter ("B", "(b)", "Option B.") or both ("B. dog"), compared after Unicode NFKC,
-    case folding and collapsing of white space, without outer quotes, emphasis and closing punctuation. The exact text
-    beats the folded one ("us" and "US" stay apart), a text beats a letter, and a letter whose text is another
-    option's means both.
-    """
-    if len(text) > LONGEST_ANSWER:
-        return set()
-    for read in (_composed, _folded, _bare):
-        if found := {i for i, c in enumerate(choices) if read(text) and read(c) == read(text)}:
-            return found
-    label = LABEL.fullmatch(_composed(text).strip("*_`\"'“”‘’ .,;!?"))
-    letter = ord(label[1].lower()) - ord("a") if label else len(choices)
-    if letter >= len(choices):
-        return set()
-    if label[2] is None:
-        return {letter} | {i for i, c in enumerate(choices) if _bare(c) == label[1].lower()}
-    said = {i for i, c in enumerate(choices) if _bare(c) == _bare(label[2])}
-    return {letter} if letter in said else said | {letter} if said else set()
-
-
 def _letter(text: str) -> int | None:
     text = text.strip().replace("\n", "")
     if text == "None":
@@ -156,15 +102,3 @@ def _words(text: str) -> set[str]:
 def _check_gold(choices: Sequence[str], answer: int) -> None:
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"answer={answer!r} is not the index of one of the {len(choices)} choices")
-
-
-def _composed(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).split())
-
-
-def _folded(text: str) -> str:
-    return _composed(_composed(text).casefold())
-
-
-def _bare(text: str) -> str:
-    return _folded(text).strip("*_`\"'“”‘’ ").rstrip(".,;:!? ").rstrip("*_`\"'“”‘’ ")

@@ -1,7 +1,8 @@
 """Questions in, judged answers out: the one path of the loop's held-out accuracy, grpo.evaluate, answer and demo.
 
-An answer is one completion a question, greedy unless asked otherwise, read by the strict rule (data/scoring.py). Every
-question gets an Answer, whatever went wrong with it: the denominator is fixed.
+An answer is one completion a question, greedy unless asked otherwise, read by the strict rule: right if it names the
+gold option and no other, as the reward reads it. Every question gets an Answer, whatever went wrong with it: the
+denominator is fixed.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 
 from data.audio import ClipError
 from data.question import Question
-from data.scoring import options_named
 from grpo.rollout import Rollout, RolloutError, Sampling
+from rewards.accuracy import named
 from rewards.tags import parse
+
+STATES = ("ok", "no tag", "not a choice", "ambiguous", "truncated", "audio error")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Answer:
     """One answered question. `choice` is None unless `state` is ok."""
 
     question: Question
-    state: str  # one of data.scoring.STATES
+    state: str  # one of STATES
     choice: int | None = None  # index into the choices in the order in which they were shown
     text: str = ""  # the whole completion
     think: str | None = None
@@ -49,18 +52,18 @@ class Answer:
 
 
 def read(question: Question, text: str, *, truncated: bool = False, **facts) -> Answer:
-    """A completion as an Answer, by the strict rule of data/scoring.py. Answer blocks that disagree are ambiguous."""
+    """A completion as an Answer, by the strict rule. Answer blocks that disagree are ambiguous."""
     tags, choices = parse(text), question.choices
     answers = list(dict.fromkeys(tags.blocks["answer"]))
-    named = [options_named(a, choices) for a in answers]
-    texts = {choices[i] for found in named for i in found}  # an option printed twice is one option
+    options = [named(a, choices) for a in answers]
+    texts = {choices[i] for found in options for i in found}  # an option printed twice is one option
     if not answers:
         state = "truncated" if truncated else "no tag"
     elif not texts:
         state = "not a choice"
     else:
-        state = "ok" if len(texts) == 1 and all(named) else "ambiguous"
-    choice = min(named[0]) if state == "ok" else None
+        state = "ok" if len(texts) == 1 and all(options) else "ambiguous"
+    choice = min(options[0]) if state == "ok" else None
     return Answer(question, state, choice, text, tags.think, tags.semantic_elements, tags.answer, truncated=truncated,
                   **facts)  # fmt: skip
 

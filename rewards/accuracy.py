@@ -1,4 +1,4 @@
-"""Is the answer right? `choice` reads it as an option, `accuracy` pays for the gold one, `exact` does as published."""
+"""Is the answer right? `named` reads it as options, `accuracy` pays for the gold one, `exact` does as published."""
 
 from __future__ import annotations
 
@@ -22,34 +22,43 @@ LABEL = re.compile(
 )
 
 
-def choice(answer_text: str | None, choices: Sequence[str]) -> int | None:
-    """Index of the option that an answer names by letter ("B", "(b)", "Option B"), text ("dog") or both ("B. dog").
+def named(answer_text: str, choices: Sequence[str]) -> set[int]:
+    """Indices of the options that an answer may mean: one if it is clear, several if not, none if it names none.
 
-    Compared after Unicode NFKC, case folding and collapsing of white space; outer emphasis, quotes and closing
-    punctuation are ignored. In this order:
+    It names an option by letter ("B", "(b)", "Option B"), text ("dog") or both ("B. dog"), compared after Unicode NFKC,
+    case folding and collapsing of white space; outer emphasis, quotes and closing punctuation are ignored. In order:
 
     1. The whole answer equals an option's text: that option. With choices ("B", "A") the answer "B" is the first.
-    2. A letter with text: the letter's option if the text is that option's text, else (they contradict) None.
-    3. A letter alone: its option, unless the bare letter is another option's text ("B." with choices ("B", "A")): None.
+    2. A letter with text: the letter's option if the text is that option's text, else (they contradict) both.
+    3. A letter alone: its option, and with it the one whose text the bare letter is ("B." with choices ("B", "A")).
 
-    None as well when several options have the text and no letter decides, or when nothing matches. Source: this
-    project; what it mends in published scorers is in docs/rewards.md.
+    Source: this project; what it mends in published scorers is in docs/rewards.md.
     """
-    if answer_text is None or len(answer_text := " ".join(answer_text.split())) > LONGEST_ANSWER:
-        return None
+    answer_text = " ".join(answer_text.split())
+    if len(answer_text) > LONGEST_ANSWER:
+        return set()
     answer_text = _composed(answer_text)
     for whole in (answer_text, answer_text.strip(DECORATION)):
         if found := _options_with_text(whole, choices, (_composed, _folded)):
-            return _only(found)
+            return found
     loosely = _options_with_text(answer_text, choices)
     label = LABEL.fullmatch(answer_text.lstrip(DECORATION))
     letter = ord(label[1].lower()) - ord("a") if label else len(choices)
     if letter >= len(choices):
-        return _only(loosely)
+        return loosely
     text = label[2] or ""
-    if text.strip(DECORATION + PUNCTUATION):
-        return _only(loosely or _options_with_text(text, choices) & {letter})
-    return _only(loosely | _options_with_text(label[1], choices) | {letter})
+    if not text.strip(DECORATION + PUNCTUATION):
+        return loosely | _options_with_text(label[1], choices) | {letter}
+    if loosely:
+        return loosely
+    said = _options_with_text(text, choices)
+    return {letter} if letter in said else said | {letter} if said else said
+
+
+def choice(answer_text: str | None, choices: Sequence[str]) -> int | None:
+    """Index of the one option that an answer names (`named`), None where it names none or several."""
+    found = named(answer_text, choices) if answer_text is not None else set()
+    return next(iter(found)) if len(found) == 1 else None
 
 
 def accuracy(completion: str, *, choices: Sequence[str], answer: int) -> float:
@@ -109,7 +118,3 @@ def _options_with_text(
         if found:
             return found
     return set()
-
-
-def _only(options: set[int]) -> int | None:
-    return next(iter(options)) if len(options) == 1 else None

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from data.audio import ClipError
-from data.scoring import STATES
 from grpo.batch import Completion, Encoded, Group
-from grpo.predict import heldout_accuracy, predict, prompt_hash, read, spread
+from grpo.predict import STATES, heldout_accuracy, predict, prompt_hash, read, spread
 from grpo.rollout import Sampling
 from rewards.accuracy import accuracy
 from tests.conftest import CHOICES, OneRank, make_question
@@ -54,6 +53,12 @@ def test_states(text, state, choice):
     answer = read(make_question("q"), text)
     assert (answer.state, answer.choice) == (state, choice) and state in STATES
     assert answer.right == bool(accuracy(text, choices=CHOICES, answer=1))  # the rule that was rewarded
+
+
+def test_an_option_printed_twice_is_one():
+    twice, case = make_question("q", choices=("dog", "rain", "dog"), answer=2), make_question("q", choices=("US", "us"))
+    assert all(read(twice, f"<answer>{text}</answer>").right for text in ("dog", "A", "C. dog"))
+    assert read(case, "<answer>us</answer>").right and read(case, "<answer>Us</answer>").state == "ambiguous"
 
 
 def test_a_cut_answer_is_told_from_one_without_tags():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.accuracy import accuracy, choice, exact
+from rewards.accuracy import accuracy, choice, exact, named
 
 PETS = ("cat", "dog", "a bird", "wild boar")
 QUESTION = {"choices": PETS, "answer": 1}
@@ -155,9 +155,10 @@ def test_letter_text_and_both_agree_whatever_case_and_space(choices, data):
 
 
 @given(options, st.data())
-def test_contradiction_is_none(choices, data):
+def test_a_contradiction_names_both(choices, data):
     i, j = data.draw(st.permutations(range(len(choices))))[:2]
-    assert choice(f"{chr(ord('A') + i)}. {choices[j]}", choices) is None
+    text = f"{chr(ord('A') + i)}. {choices[j]}"
+    assert named(text, choices) == {i, j} and choice(text, choices) is None
 
 
 @given(st.text(), st.lists(st.text(), min_size=1, max_size=5))
