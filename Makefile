@@ -64,7 +64,7 @@ demo: $(STAMP) ## a web page to ask a model about a clip; MODEL=OUT, else the ne
 
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP) ## run the tests; TESTS=tests/grpo runs some
-	$(BIN)/python -m pytest -q -rs --durations=10 -n auto --maxprocesses=4 --dist=loadfile $(TESTS)
+	$(BIN)/python -m pytest -q -rs --durations=10 -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(TESTS)
 
 bench: $(STAMP) ## claims of docs/performance.md, measured here; ARGS=engines: whole runs of each rollout engine
 	$(BIN)/python -m grpo.bench $(ARGS) $(HYDRA)

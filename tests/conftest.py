@@ -19,6 +19,13 @@ from grpo.onerank import OneRank  # noqa: F401  (tests take it from here)
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: two processes then end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "targets": r"model\.layers\.\d+\.self_attn\.(q|v)_proj", "seed": 0}
 CHOICES = ("dog", "rain", "bell", "train")
 

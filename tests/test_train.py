@@ -11,6 +11,8 @@ import pytest
 from tests.grpo.test_engine import free_port
 from tests.grpo.test_metrics import documented
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "steps=6", "questions=4", "generations=4", "micro_tokens=400", "eval.every=3", "checkpoint.every=2",
