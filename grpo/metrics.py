@@ -55,7 +55,7 @@ clip_ratio/region_mean: either",
     "epoch": "questions asked so far divided by the training questions",
     "quarantined": "training questions left out because their clip could not be read",
     "accuracy/heldout": "greedy accuracy on the held-out questions (evaluation steps only)",
-    "accuracy/<bench>": "the same, strict, on a benchmark of `bench` (a slice with eval.questions)",
+    "bench/<name>": "the same, strict, on a benchmark of `bench` (a slice with eval.questions)",
     "step_time": "seconds for the step; time/<stage> its parts",
     "tokens_per_second": "prompt and completion tokens that the step processed, over step_time; all ranks together",
 }

@@ -167,7 +167,7 @@ class Run:
             scores = {"accuracy/heldout": score(self.heldout, self.encode)}
             for bench in self.benchmarks:
                 asked = spread(bench.questions, self.settings.eval_questions)
-                scores[f"accuracy/{bench.name}"] = score(asked, partial(self._encode_for, bench))
+                scores[f"bench/{bench.name}"] = score(asked, partial(self._encode_for, bench))
             return scores
 
     def header(self) -> str:

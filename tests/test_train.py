@@ -104,8 +104,12 @@ def test_first_step_identities(work, straight):
 
 
 def test_one_seed_one_run(work, straight):
-    train(work, "name=again")
-    assert timeless(lines(work, "again")) == timeless(lines(work, "straight"))
+    """Asking a benchmark as well changes nothing else; this one is the held-out questions themselves."""
+    made = next(work.glob(".cache/synthetic/eval-*/manifest.jsonl"))
+    train(work, "name=again", "bench=[heldout]", f"bench.heldout.path={made}")
+    rows = lines(work, "again")
+    assert [row.pop("bench/heldout", None) for row in rows] == [row.get("accuracy/heldout") for row in rows]
+    assert timeless(rows) == timeless(lines(work, "straight"))
     assert lines(work, "again", "samples.jsonl") == lines(work, "straight", "samples.jsonl")
 
 
