@@ -29,6 +29,7 @@ from grpo.load import PROMPT_FILE, find, prompt_of
 from grpo.rollout.serve import TOKEN, Launch, Process, ServerError, choose_token
 
 NAME = "policy"  # under which the server knows the model
+LONGEST = 8192  # tokens of prompt and answer
 
 
 def messages(prompt, question: Question, clip: Clip) -> list[dict]:
@@ -88,17 +89,21 @@ def ask_server(url: str, model: str | Path | None, question: Question, *, max_to
 
 
 def launch(folder: Path, *, token: str, host: str = "127.0.0.1", port: int = 8000, dtype: str | None = None,
-           max_model_len: int = 8192, max_num_seqs: int = 32, kv_cache_gib: float | None = None,
+           max_model_len: int | None = None, max_num_seqs: int = 32, kv_cache_gib: float | None = None,
            gpu_memory: float = 0.9) -> Launch:  # fmt: skip
-    """How to start the server of an export. Raises ConfigError for what is no export."""
+    """How to start the server of an export. Raises ConfigError for what is no export.
+
+    max_model_len: None for LONGEST, or all that the model has positions for.
+    """
     if not (folder / PROMPT_FILE).exists():
         raise ConfigError(f"{folder} is no export (without {PROMPT_FILE}): `python -m grpo.export RUN OUT` writes one")
-    stored = json.loads((folder / "config.json").read_text()).get("dtype", "auto")
+    config = json.loads((folder / "config.json").read_text())
+    positions = config["thinker_config"]["text_config"]["max_position_embeddings"]
     arguments = ("--override-generation-config", '{"temperature":0.0}')
     arguments += ("--allowed-media-domains", "none.invalid")  # data URIs only: no address is ever of this domain
-    return Launch(model=str(folder), dtype=dtype or stored, token=token, host=host, port=port,
-                  max_model_len=max_model_len, max_num_seqs=max_num_seqs, kv_cache_gib=kv_cache_gib,
-                  gpu_memory=gpu_memory, arguments=arguments, rollouts=False)  # fmt: skip
+    return Launch(model=str(folder), dtype=dtype or config.get("dtype", "auto"), token=token, host=host, port=port,
+                  max_model_len=max_model_len or min(LONGEST, positions), max_num_seqs=max_num_seqs,
+                  kv_cache_gib=kv_cache_gib, gpu_memory=gpu_memory, arguments=arguments, rollouts=False)  # fmt: skip
 
 
 def main(words: list[str] | None = None) -> int:
@@ -109,7 +114,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help=f"another than loopback needs {TOKEN} in the environment")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--dtype", help="default: as stored")
-    parser.add_argument("--max-model-len", type=int, default=8192, help="prompt (25 tokens a second of sound) + answer")
+    parser.add_argument("--max-model-len", type=int, help=f"prompt (25 tokens a second of sound) + answer; default: "
+                        f"{LONGEST}, or fewer where the model has fewer positions")  # fmt: skip
     parser.add_argument("--kv-cache-gib", type=float, help="memory for keys and values (default: 1 on a CPU)")
     parser.add_argument("--gpu-memory", type=float, default=0.9, help="share of the GPU's memory")
     parser.add_argument("--log", type=Path, help="file for the server's output (default: a temporary one)")

@@ -56,7 +56,7 @@ def test_the_command_line_of_a_server_for_users(out, tmp_path):
 @needs_vllm
 @pytest.mark.slow
 def test_served_answers_are_the_trainers(out, tmp_path, monkeypatch, capsys):
-    one = launch(out, token="secret", port=None, max_model_len=1024, max_num_seqs=8, kv_cache_gib=0.05)
+    one = launch(out, token="secret", port=None, max_num_seqs=8, kv_cache_gib=0.05)
     process = Process(one, tmp_path / "log")
     clip = make_clip(3, 1.3)
     soundfile.write(tmp_path / "clip.wav", clip.samples, clip.hz, subtype="FLOAT")
