@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,22 +80,24 @@ class Prepared:
 
 
 class Policy(nn.Module):
-    """A Thinker checkpoint, its processor and a LoRA adapter.
+    """A Thinker checkpoint, its processor and a LoRA adapter, or weights of its own to train.
 
     Args:
         path: folder (or hub name) of a Qwen2.5-Omni checkpoint, full-Omni or Thinker layout.
         processor: where its processor is, if not in `path`: published Thinkers come with a tokenizer only.
         lora: r, alpha, dropout, targets (regex over the Thinker's module names) and `seed` of A's initial values;
-            None leaves the model as it is.
+            None adds no adapter.
+        full: without an adapter, the weights that are trained (regex over the Thinker's parameter names); None: none.
         temperature: of sampling and of all log-probabilities.
         attention: of packed rows: `sdpa` (rectangles), `flex` (FlexAttention), `auto`: flex on a GPU, else sdpa.
         zero3: DeepSpeed's configuration when weights are to be partitioned while loading, else None.
         audio_cache: of the clips' embeddings, while the audio tower is frozen.
-    Raises ValueError when the LoRA regex matches nothing, or matches the audio tower while `lora.audio_tower` is false.
+    Raises ValueError when a regex matches nothing, or `lora.targets` matches the audio tower while `lora.audio_tower`
+    is false.
     """
 
-    def __init__(self, path, lora: Mapping | None, *, prompt, dtype="float32", temperature=1.0, device="cpu",
-                 gradient_checkpointing=False, forward="shared", attention="auto", zero3=None,
+    def __init__(self, path, lora: Mapping | None, *, prompt, full: str | None = None, dtype="float32", temperature=1.0,
+                 device="cpu", gradient_checkpointing=False, forward="shared", attention="auto", zero3=None,
                  audio_cache: AudioCache | None = None, processor=None):  # fmt: skip
         super().__init__()
         for name, value, known in (("forward", forward, ("shared", "separate")),
@@ -116,6 +119,9 @@ class Policy(nn.Module):
         if gradient_checkpointing:
             thinker.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = thinker if lora is None else add_lora(thinker, **lora)
+        if lora is None and full is not None:
+            train_weights(thinker, full)
+        self.path, self.processor_path = str(path), str(processor or path)
         self.to(device)
 
         config = thinker.generation_config
@@ -132,6 +138,10 @@ class Policy(nn.Module):
     @property
     def thinker(self) -> Qwen2_5OmniThinkerForConditionalGeneration:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
 
     @property
     def device(self) -> torch.device:
@@ -367,3 +377,13 @@ def add_lora(thinker, *, r, alpha, dropout, targets, seed=0, audio_tower=False):
         raise ValueError(f"model.lora.targets={targets!r} also matches the audio tower ({stray[0]} and "
                          f"{len(stray) - 1} more); anchor it: 'model\\.layers\\.\\d+\\..*'")  # fmt: skip
     return model
+
+
+def train_weights(thinker, full: str) -> None:
+    """Train the weights whose whole name matches the regex `full`. Raises ValueError if none does."""
+    chosen = [p for name, p in thinker.named_parameters() if re.fullmatch(full, name)]
+    if not chosen:
+        raise ValueError(f"model.full={full!r} matches no weight of the model: 'model\\..*|lm_head\\..*' are those of "
+                         f"the language model")  # fmt: skip
+    for p in chosen:
+        p.requires_grad_(True)
