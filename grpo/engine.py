@@ -31,6 +31,9 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 
+REDUCE_BUCKET = 50_000_000  # gradients that travel at once
+
+
 def start_distributed() -> tuple[int, int]:
     """Join the process group of torchrun, or make one of a single process. Returns (rank, world size)."""
     if "RANK" not in os.environ:
@@ -78,6 +81,7 @@ def zero_config(*, stage: int, clip: float, dtype: str, world: int, offload: boo
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": False,  # one order of sums
+            "reduce_bucket_size": REDUCE_BUCKET,  # memory, not results; the default's is 2 GB
             # DeepSpeed's own linear shifts bf16 log-probs by 1e-2, away from the rollout engine's.
             "memory_efficient_linear": False,
             # 0: also small tensors are really partitioned, so that tests on tiny models exercise what 7B does.

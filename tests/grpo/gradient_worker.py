@@ -51,6 +51,23 @@ def another_reference(engine):
         engine.anchor[name].copy_(engine._cut(p, moved))
 
 
+def census(engine):
+    """Bytes of this rank's weights, gradients and optimizer (master weights and states), tensor by tensor."""
+    inner, stage = engine.deepspeed.optimizer, engine.stage
+    weights = [p.ds_tensor if stage == 3 else p for p in engine.policy.parameters()]
+    if stage < 2:
+        grads = [p.grad for p in engine.trainable.values() if p.grad is not None]
+    else:
+        kept = inner.averaged_gradients.values() if stage == 2 else [[inner.grad_partitions_flat_buffer]]
+        grads = [g for group in kept if group for g in group]
+    states = [v for state in engine.optimizer.state.values() for v in state.values() if v.dim()]
+    return {"weights": weights, "gradients": grads, "optimizer": engine._parts + states}
+
+
+def nbytes(tensors):
+    return float(sum(t.nbytes for t in tensors))
+
+
 def gradients(
     checkpoint,
     *,
@@ -105,10 +122,12 @@ def gradients(
         total += out.loss.item()
         gap = max(gap, (ref - logp).abs().max().item())
     grads = engine.gradients()
+    held = {k: nbytes(v) for k, v in census(engine).items() if k != "optimizer"}
     try:
         norm = engine.step(sgd or 1e-3)
     except FloatingPointError:
         norm = -1.0
+    held["optimizer"] = nbytes(census(engine)["optimizer"])
     with engine.gathered():
         weights = {f"after/{n}": p.detach().clone() for n, p in engine.trainable.items()}
     loss = engine.reduce({"loss": total})["loss"]
@@ -116,6 +135,7 @@ def gradients(
         **grads,
         **weights,
         "loss": torch.tensor([loss], dtype=torch.float64),
+        "bytes": torch.tensor([held[k] for k in ("weights", "gradients", "optimizer")], dtype=torch.float64),
         "gap": torch.tensor([gap]),
         "norm": torch.tensor([norm], dtype=torch.float64),
         "ranks": torch.tensor(engine.gather([rank] * (rank + 1))),

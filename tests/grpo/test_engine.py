@@ -11,6 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo.plan import read_shape, states
+from tests.conftest import LORA
+from tests.grpo.gradient_worker import FULL as WHOLE
+
 ROOT = Path(__file__).parents[2]
 SPLITS = {f"zero{stage}-micro{micro}": {"stage": stage, "micro": micro} for stage in (0, 2, 3) for micro in (1, 2)}
 ONE = SPLITS | {
@@ -104,6 +108,20 @@ def test_whole_weights_are_those_of_the_language_model(results):
     for name in results:
         if "full" in name:  # its reference is another policy than what is trained
             assert results[name]["gap"].item() > 0.01, name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", [*(f"zero{stage}-micro2" for stage in (0, 2, 3)), *(f for f in FULL if "1" not in f)])
+def test_a_rank_holds_what_the_plan_says(checkpoint, results, ranks, name):
+    """grpo/plan.py against a census of the tensors; tiny weights are padded, the 7B's are not to speak of."""
+    variant = TWO[name]
+    want = states(read_shape(checkpoint / "config.json"), None if "full" in name else LORA, WHOLE,
+                  stage=variant["stage"], ranks=ranks, dtype="float32")  # fmt: skip
+    got = dict(zip(("weights", "gradients", "optimizer"), results[f"{ranks}-{name}"]["bytes"].tolist(), strict=True))
+    if "sgd" in variant:  # no states: master weights only
+        want["optimizer"] = want["gradients"] * bool(variant["stage"]) if variant["stage"] > 1 else 0
+    for key, value in got.items():
+        assert value == pytest.approx(want[key], rel=0.02), key
 
 
 @pytest.mark.skipif("GRPO_TEST_RANKS" not in os.environ, reason="GRPO_TEST_RANKS=4 starts so many ranks")
