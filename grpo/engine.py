@@ -30,7 +30,6 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-
 REDUCE_BUCKET = 50_000_000  # gradients that travel at once
 
 

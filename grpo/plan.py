@@ -123,10 +123,10 @@ class Counted(Prefix):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, kept, flex):
-        out = torch.empty_like(query)
+        out = torch.empty_like(query)  # what follows gets it in another order: a tensor of its own
         more = [query.new_empty(kept[0], dtype=torch.float32), *(query.new_empty(size) for size in kept[1:])]
         ctx.save_for_backward(*([query, key, value] if flex else []), out, *more)
-        return out
+        return torch.empty_like(query)
 
     @staticmethod
     def backward(ctx, *_):
@@ -197,7 +197,7 @@ def states(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, 
 
 
 def plan(cfg: DictConfig, shape: Shape, given: Given) -> Plan:
-    """The figures for a composed config. Raises ConfigError for a device that is not known or a share that is uneven."""
+    """The figures for a composed config. Raises ConfigError for an unknown device or an uneven share."""
     if given.device not in DEVICES:
         raise ConfigError(f"--device {given.device}: known are {', '.join(DEVICES)}")
     s, place = settings(cfg), cfg.get("placement") or {}
@@ -245,7 +245,7 @@ def plan(cfg: DictConfig, shape: Shape, given: Given) -> Plan:
     out.engine["weights"] = shape.all_weights() * size / place.get("tensor_parallel", 1)
     out.engine["keys and values of a step"] = token_kv * asked * (given.prompt + s.generations * given.completion)
     out.engine["the same at max_tokens"] = token_kv * asked * (given.prompt + s.generations * s.max_tokens)
-    if hasattr(cfg.rollout, "kv_cache_gib") or "kv_cache_gib" in cfg.rollout:
+    if "kv_cache_gib" in cfg.rollout:
         budget = cfg.rollout.kv_cache_gib
         share = room[0] * cfg.rollout.gpu_memory - out.engine["weights"]
         out.engine["room for keys and values"] = share if budget is None else budget * 2**30

@@ -408,7 +408,7 @@ def train_weights(thinker, full: str) -> None:
 
 
 def on_meta(shape, lora: Mapping | None, full: str | None, dtype: str) -> nn.Module:
-    """The language model of a Thinker of `shape` (grpo/sync/traffic.py) without memory for its weights, trained as given.
+    """The language model of a Thinker of `shape` (grpo/sync/traffic.py), weightless, trained as given.
 
     For grpo/plan.py, which counts what its forward pass keeps.
     """
