@@ -112,11 +112,12 @@ class Counted(Prefix):
         m, (_, heads, length, d) = self.micro, query.shape
         if self.flex:
             kept = [(heads, length)]  # float32 in both: the softmax's normaliser
-        else:  # keys and values for every head, and again for every completion
-            blocks = m.groups * (1 if m.shared else m.copies)
-            own = m.groups * m.copies
-            kept = [(heads, length)] + [(own * heads * (m.prompt + m.completion) * d,)] * 2 \
-                + [(blocks * heads * m.prompt * d,)] * 2 + [(own * heads * m.completion * d,)]  # fmt: skip
+        elif not m.shared:  # keys and values for every head
+            kept = [(heads, length)] + [(heads * length * d,)] * 2
+        else:  # and again, the prompt's too, for every completion
+            own = m.groups * m.copies * heads * d
+            kept = [(heads, length)] + [(own * (m.prompt + m.completion),)] * 2 \
+                + [(heads * length * d,)] * 2 + [(own * m.completion,)]  # fmt: skip
         return _Attend.apply(query, key, value, kept, self.flex).transpose(1, 2)
 
 
@@ -125,7 +126,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, query, key, value, kept, flex):
         out = torch.empty_like(query)  # what follows gets it in another order: a tensor of its own
         more = [query.new_empty(kept[0], dtype=torch.float32), *(query.new_empty(size) for size in kept[1:])]
-        ctx.save_for_backward(*([query, key, value] if flex else []), out, *more)
+        ctx.save_for_backward(query, *([key, value] if flex else []), out, *more)
         return torch.empty_like(query)
 
     @staticmethod
