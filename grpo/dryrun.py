@@ -28,7 +28,7 @@ def dry_run(cfg: DictConfig, display: Display) -> None:
         wanted = cfg.model.name
         small.model = OmegaConf.merge(tiny.model, {"lora": cfg.model.lora, "full": cfg.model.full})
         small.model.tiny.warm_start.steps = 20
-        small.engine = tiny.engine
+        small.engine, small.placement = tiny.engine, None
         small.questions = min(cfg.questions, 2)
         small.steps, small.resume, small.cache = 1, False, cfg.cache
         missing = _missing_manifests(cfg)

@@ -88,6 +88,9 @@ class Run:
             torch.distributed.broadcast_object_list(agreed)
         self.folder = folder = Path(agreed[0])
         s.check_ranks(self.world)
+        if (place := cfg.get("placement")) and place.ranks != self.world:
+            raise ConfigError(f"placement={place.name} is for {place.ranks} training rank(s), and {self.world} "
+                              f"started: NPROC={place.ranks // place.nodes} on {place.nodes} node(s)")  # fmt: skip
         random.seed(s.seed), np.random.seed(s.seed), torch.manual_seed(s.seed)
 
         self.advantage = build(cfg.advantage, "advantage")
