@@ -26,7 +26,7 @@ def dry_run(cfg: DictConfig, display: Display) -> None:
     small = cfg.copy()
     with open_dict(small):
         wanted = cfg.model.name
-        small.model = OmegaConf.merge(tiny.model, {"lora": cfg.model.lora, "full": cfg.model.full})
+        small.model = OmegaConf.merge(tiny.model, {"lora": cfg.model.lora, "full": cfg.model.get("full")})
         small.model.tiny.warm_start.steps = 20
         small.engine, small.placement = tiny.engine, None
         small.questions = min(cfg.questions, 2)

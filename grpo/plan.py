@@ -205,7 +205,7 @@ def plan(cfg: DictConfig, shape: Shape, given: Given) -> Plan:
     ranks = place.get("ranks", 1)
     s.check_ranks(ranks)
     lora = None if cfg.model.lora is None else {k: v for k, v in OmegaConf.to_container(cfg.model.lora).items()}
-    full, stage, dtype = cfg.model.full, cfg.engine.stage, cfg.model.dtype
+    full, stage, dtype = cfg.model.get("full"), cfg.engine.stage, cfg.model.dtype
     size, room = (2 if dtype == "bfloat16" else 4), DEVICES[given.device]
     reference = needs(build_objective(cfg)).reference
     shared = cfg.model.forward == "shared"

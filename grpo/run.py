@@ -121,7 +121,7 @@ class Run:
         zero = zero_config(**cfg.engine, clip=cfg.optim.clip, dtype=cfg.model.dtype, world=self.world)
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.policy = Policy(
-            path, lora_of(cfg), full=cfg.model.full, prompt=prompt, dtype=cfg.model.dtype,
+            path, lora_of(cfg), full=cfg.model.get("full"), prompt=prompt, dtype=cfg.model.dtype,
             temperature=s.temperature, device=device,
             gradient_checkpointing=cfg.model.gradient_checkpointing, forward=cfg.model.forward,
             attention=cfg.model.attention, zero3=zero if cfg.engine.stage == 3 else None,
@@ -358,7 +358,7 @@ def lora_of(cfg: DictConfig) -> dict | None:
     """Arguments of the adapter; None where whole weights are trained. Raises ConfigError where nothing would be."""
     if cfg.model.lora is not None:
         return OmegaConf.to_container(cfg.model.lora) | {"seed": cfg.seed}
-    if cfg.model.full is None:
+    if cfg.model.get("full") is None:
         raise ConfigError("model.lora and model.full are both null: nothing would be trained")
     return None
 

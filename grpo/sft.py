@@ -114,7 +114,7 @@ class Fine:
         zero = zero_config(**cfg.engine, clip=cfg.optim.clip, dtype=cfg.model.dtype, world=self.world)
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.policy = Policy(
-            path, lora_of(cfg), full=cfg.model.full, prompt=prompt, dtype=cfg.model.dtype,
+            path, lora_of(cfg), full=cfg.model.get("full"), prompt=prompt, dtype=cfg.model.dtype,
             device=device, gradient_checkpointing=cfg.model.gradient_checkpointing, attention=cfg.model.attention,
             forward=cfg.model.forward, zero3=zero if cfg.engine.stage == 3 else None,
             processor=cfg.model.get("processor"), audio_cache=build_audio_cache(cfg),
