@@ -21,7 +21,7 @@ UNSAFE = {"eval", "exec", "os.system", "os.popen", "yaml.unsafe_load", "yaml.ful
           "torch.jit.load", "torch.hub.load", "numpy.load", "np.load"}  # fmt: skip
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 # Who turns a config's `_target_` into a call. Each is given a config composed from conf/ and --config-dir.
-INSTANTIATE = {"grpo/config.py", "grpo/run.py", "grpo/lossdocs.py", "grpo/optuna_sweep.py"}
+INSTANTIATE = {"grpo/config.py", "grpo/run.py", "grpo/evaluate.py", "grpo/lossdocs.py", "grpo/optuna_sweep.py"}
 
 
 def calls(path: Path):
