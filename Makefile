@@ -41,7 +41,7 @@ HYDRA     = $(foreach W,$(filter-out $(CAPITALS),$(GIVEN)),'$(subst ','\'',$(W)=
 
 RUN = $(BIN)/python $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=$(NPROC) )-m
 
-.PHONY: help setup train serve demo test bench bench-gpu docs lint format lock clean FORCE
+.PHONY: help setup train plan audit serve demo test bench bench-gpu docs lint format lock clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,12 @@ $(STAMP): pyproject.toml requirements/cpu.txt requirements/gpu.txt launch/setup.
 
 train: $(STAMP) ## train; words like seed=1 are config overrides, EXPERIMENT=name, DRY=1, NPROC=2
 	$(RUN) grpo.train$(if $(ARGS), $(ARGS))$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(DRY), dry_run=true)$(if $(HYDRA), $(HYDRA))
+
+plan: $(STAMP) ## memory, bytes, work and time of a run, without a GPU: make plan EXPERIMENT=name placement=8gpu
+	$(BIN)/python -m grpo.plan$(if $(ARGS), $(ARGS))$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(HYDRA), $(HYDRA))
+
+audit: ## known vulnerabilities of the locked packages; needs pip-audit and a network, and says so without
+	$(PYTHON) launch/audit.py
 
 serve: $(STAMP) ## vLLM's OpenAI-compatible server of an export: make serve MODEL=OUT ARGS='--port 8000'
 	$(BIN)/python -m grpo.serve --model '$(or $(MODEL),$(error make serve MODEL=OUT, a folder that grpo.export wrote))'$(if $(ARGS), $(ARGS))

@@ -46,10 +46,10 @@ OPTIONS = {
 def card(found: Found, said: Mapping, *, name: str, dtype: str, scores: Sequence[Path] = (),
          licence: str | None = None) -> str:  # fmt: skip
     """Markdown with the hub's front matter. `said`: what prompt.json holds. Raises ConfigError for missing scores."""
-    run = _run(found)
+    run, base = _run(found), found.origin or found.base
     results = [_scores(folder) for folder in scores]
     head = {
-        "base_model": found.base, "library_name": "transformers", "pipeline_tag": "audio-text-to-text",
+        "base_model": base, "library_name": "transformers", "pipeline_tag": "audio-text-to-text",
         "license": licence or "other", "tags": ["audio-question-answering", "grpo", "reasoning"],
     }  # fmt: skip
     prompt = said["prompt"]
@@ -59,8 +59,9 @@ def card(found: Found, said: Mapping, *, name: str, dtype: str, scores: Sequence
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}",
         f"Answers multiple-choice questions about a sound clip as `<think>…</think> <semantic_elements>…"
-        f"</semantic_elements> <answer>…</answer>`. Made from `{found.base}`"
-        + (f" with GRPO (LoRA, merged), checkpoint of step {found.step}." if found.step else "."),
+        f"</semantic_elements> <answer>…</answer>`. Made from `{base}`"
+        + (f" with GRPO ({'whole weights' if found.origin else 'LoRA, merged'}), checkpoint of step {found.step}."
+           if found.step else "."),
         f"## Use\n\nNo remote code: the classes are transformers' own.\n\n```python\n{snippet}```",
         "The whole model (`config.json`, full-Omni layout without the talker) loads in transformers and in vLLM, "
         "`adapter/` with peft on the Thinker of the base model, `adapter-vllm/` as a LoRA module of vLLM. "
@@ -74,7 +75,7 @@ def card(found: Found, said: Mapping, *, name: str, dtype: str, scores: Sequence
         "- Clips longer than those in training are outside what was measured.\n"
         "- The base model may have seen the questions of public benchmarks.",
         f"## Licence\n\n{licence or 'Not decided by the tool that wrote this card.'} The weights derive from "
-        f"`{found.base}` and from the training data; the terms of both apply.",
+        f"`{base}` and from the training data; the terms of both apply.",
     ]  # fmt: skip
     return "\n\n".join(sections) + "\n"
 
@@ -93,9 +94,11 @@ def _run(found: Found) -> dict[str, str]:
     lines = [f"{data.get('train', '?')} training and {data.get('eval', '?')} held-out questions, fingerprint "
              f"`{made.get('data_fingerprint')}`, audio: {config['data'].get('audio', 'real')}. Sources: "
              f"{counts['source']}. Licences: {counts['license']}."]  # fmt: skip
+    trained = (f"r {lora['r']}, alpha {lora['alpha']}, dropout {lora['dropout']} on `{lora['targets']}`" if lora else
+               f"none: weights `{config['model']['full']}` were trained")  # fmt: skip
     settings = {
         "steps": config["steps"], "questions a step": config["questions"], "seed": config["seed"],
-        "LoRA": f"r {lora['r']}, alpha {lora['alpha']}, dropout {lora['dropout']} on `{lora['targets']}`",
+        "LoRA": trained,
         "learning rate": config["optim"]["schedule"]["lr"], "dtype": config["model"]["dtype"],
         "longest completion": config["max_tokens"],
     }  # fmt: skip

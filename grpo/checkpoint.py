@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there: written under a temporary name, then renamed.
 
-checkpoints/step-000100/adapter_config.json + adapter_model.safetensors     peft's layout
+checkpoints/step-000100/adapter_config.json + adapter_model.safetensors     peft's layout, or a whole model (weights.py)
                         trainer.json                                        step, quarantined ids, best so far
                         trainer.safetensors                                 master weights and optimizer state
 checkpoints/best.json, last.json                                            which folder is which
@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+
+from grpo.weights import save_policy
 
 
 class Checkpoints:
@@ -29,9 +31,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         engine.gather([])  # no rank writes before the folder stands
-        with engine.gathered():
-            if engine.rank == 0:
-                policy.save_adapter(temporary)
+        save_policy(policy, engine, temporary)
         tensors = engine.state()
         if engine.rank == 0:
             save_file(tensors, temporary / "trainer.safetensors")

@@ -33,7 +33,7 @@ class RunError(RuntimeError):
 # a multirun's finished job fits whatever they are, and they are no column of the report.
 FREE_ON_RESUME = frozenset(
     "bench resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
-    "dry_run engine".split()
+    "dry_run engine placement".split()
 )
 
 # Keys of `rollout` that are the run's, whatever the engine (conf/train.yaml).

@@ -26,9 +26,9 @@ def dry_run(cfg: DictConfig, display: Display) -> None:
     small = cfg.copy()
     with open_dict(small):
         wanted = cfg.model.name
-        small.model = OmegaConf.merge(tiny.model, {"lora": cfg.model.lora})
+        small.model = OmegaConf.merge(tiny.model, {"lora": cfg.model.lora, "full": cfg.model.get("full")})
         small.model.tiny.warm_start.steps = 20
-        small.engine.stage = 0
+        small.engine, small.placement = tiny.engine, None
         small.questions = min(cfg.questions, 2)
         small.steps, small.resume, small.cache = 1, False, cfg.cache
         missing = _missing_manifests(cfg)

@@ -30,6 +30,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+REDUCE_BUCKET = 50_000_000  # gradients that travel at once
+
 
 def start_distributed() -> tuple[int, int]:
     """Join the process group of torchrun, or make one of a single process. Returns (rank, world size)."""
@@ -55,24 +57,39 @@ def stop_distributed() -> None:
         dist.destroy_process_group()
 
 
-def zero_config(*, stage: int, clip: float, dtype: str, world: int) -> dict:
-    """DeepSpeed's configuration. Every default that changes numbers is set on purpose."""
+def zero_config(*, stage: int, clip: float, dtype: str, world: int, offload: bool = False) -> dict:
+    """DeepSpeed's configuration. Every default that changes numbers is set on purpose.
+
+    `offload`: weights and optimizer state wait in the host's memory, and the optimizer steps there. ValueError below
+    stage 3.
+    """
+    if offload and stage != 3:
+        raise ValueError(f"engine.offload is for stage 3, got stage {stage}: use engine=zero3_offload")
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # `backward` says which is the last of a step: their number varies
         "train_batch_size": world,
-        "gradient_clipping": clip,
+        "gradient_clipping": clip,  # 0: none
+        "prescale_gradients": False,  # dividing before the sum would round twice
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW also where it steps on the host: the same numbers
+        "fp16": {"enabled": False},
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": False,
+            "overlap_comm": False,  # one order of sums
+            "reduce_bucket_size": REDUCE_BUCKET,  # memory, not results; the default's is 2 GB
             # DeepSpeed's own linear shifts bf16 log-probs by 1e-2, away from the rollout engine's.
             "memory_efficient_linear": False,
             # 0: also small tensors are really partitioned, so that tests on tiny models exercise what 7B does.
             "stage3_param_persistence_threshold": 0,
+            **({"offload_param": host, "offload_optimizer": host} if offload else {}),
         },
+        # Gradients of micro-batches and ranks add up in float32: in bfloat16 (the default with it) a sum of many loses
+        # what each further one adds. (Stage 0 refuses the mix; stage 1 would take another optimizer for it.)
+        **({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if stage > 1 else {}),
     }
 
 
@@ -91,7 +108,9 @@ class Engine:
         self.clip = config["gradient_clipping"]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-        self.anchor: dict[str, Tensor] | None = None  # the trainable weights of a refreshed reference
+        # Of the reference, where it is not the model with its adapter off: this rank's part of each trained weight.
+        self.anchor: dict[str, Tensor] | None = None
+        self.refreshed = False  # since the start, whose weights the checkpoint that is trained holds
         self.optimizer = optimizer(list(self.trainable.values()))
         self.deepspeed, *_ = deepspeed.initialize(
             model=policy, optimizer=self.optimizer, model_parameters=list(self.trainable.values()), config=dict(config)
@@ -170,47 +189,82 @@ class Engine:
 
     @contextmanager
     def reference(self):
-        """Context in which the model is the reference: its adapter off, or as at the last `refresh_reference`."""
+        """Context in which the model is the reference: its adapter off, or as at the last `hold_reference`.
+
+        Raises RuntimeError where neither makes one.
+        """
         if self.anchor is None:
+            if not self.policy.has_adapter:
+                raise RuntimeError("no reference policy: without an adapter its weights must be held (hold_reference)")
             with self.policy.reference():
                 yield
             return
-        mine = self._weights()
-        self._put_weights(self.anchor)
+        self._swap()
         try:
             yield
         finally:
-            self._put_weights(mine)
+            self._swap()
+
+    def hold_reference(self) -> None:
+        """Keep a frozen copy of the trained weights as the reference; each rank a copy of its own part."""
+        self.anchor = {n: self._part(p).detach().clone() for n, p in self.trainable.items()}
 
     def refresh_reference(self) -> None:
         """Make the policy of this moment the reference from now on (TR-DPO, arXiv 2404.09656: the hard update)."""
-        self.anchor = self._weights()
+        self.hold_reference()
+        self.refreshed = True
 
-    def _weights(self) -> dict[str, Tensor]:
-        with self.gathered():
-            return {n: p.detach().clone() for n, p in self.trainable.items()}
+    def _part(self, p: nn.Parameter) -> Tensor:
+        """What this rank keeps of a weight: a flat part under ZeRO-3, else all of it."""
+        return p.ds_tensor if self.stage == 3 else p
 
-    def _put_weights(self, weights: Mapping[str, Tensor]) -> None:
-        with self.gathered(write=True):
-            for name, p in self.trainable.items():
-                p.data.copy_(weights[name])
+    def _swap(self) -> None:
+        """Exchange policy and reference where they lie: no third copy, nothing between ranks."""
+        if self.stage == 3:  # what is still gathered is of the weights that go
+            for p in self.trainable.values():
+                if p.data.numel():
+                    p.partition()
+        for name, p in self.trainable.items():
+            part = self._part(p)
+            part.data, self.anchor[name].data = self.anchor[name].data, part.data
+
+    def _cut(self, p: nn.Parameter, whole: Tensor) -> Tensor:
+        """This rank's part of a whole weight or state, shaped as `_part`."""
+        if self.stage < 3:
+            return whole
+        size = p.ds_tensor.numel()
+        padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.world - whole.numel()))
+        return padded[self.rank * size : (self.rank + 1) * size]
+
+    def _whole(self, p: nn.Parameter, part: Tensor) -> Tensor:
+        """The inverse of `_cut`; every rank calls."""
+        if self.stage < 3:
+            return part
+        parts = [torch.empty_like(part, device=self.deepspeed.device) for _ in range(self.world)]
+        dist.all_gather(parts, part.to(self.deepspeed.device).contiguous())
+        return torch.cat(parts)[: p.ds_numel].view(p.ds_shape)
 
     # ---------------------------------------------------------------- trainer state
 
     def state(self) -> dict[str, Tensor]:
         """Float32 master weights (`NAME/master`), optimizer state (`NAME/exp_avg`, ...) and, once refreshed, the
-        reference (`NAME/reference`), whole, on the CPU.
+        reference (`NAME/reference`), whole, on the CPU of rank 0; empty on the others.
 
-        The same at every stage and on any number of ranks; every rank must call.
+        The same at every stage and on any number of ranks; every rank must call. One weight is whole at a time.
         """
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
+
+        def keep(key: str, whole: Tensor) -> None:
+            if self.rank == 0:
+                tensors[key] = whole.detach().to("cpu", copy=True).contiguous()
+
         for name, p in self.trainable.items():
-            tensors[f"{name}/master"] = safe_get_full_fp32_param(p) if self._parts else p
+            keep(f"{name}/master", safe_get_full_fp32_param(p) if self._parts else p)
             for key, value in self.optimizer.state[self._parts[0] if self._parts else p].items():
-                whole = safe_get_full_optimizer_state(p, key) if self._parts and value.dim() else value
-                tensors[f"{name}/{key}"] = whole
-        tensors |= {f"{name}/reference": p for name, p in (self.anchor or {}).items()}
-        return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+                keep(f"{name}/{key}", safe_get_full_optimizer_state(p, key) if self._parts and value.dim() else value)
+            if self.refreshed:
+                keep(f"{name}/reference", self._whole(p, self.anchor[name]))
+        return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave, under whatever stage and number of ranks that was.
@@ -232,10 +286,12 @@ class Engine:
             self._put(p, "master", tensors[f"{name}/master"])
             for key in keys - counts:
                 self._put(p, key, tensors[f"{name}/{key}"])
-        self._put_weights({name: tensors[f"{name}/master"] for name in self.trainable})
-        if f"{first}/reference" in tensors:
-            device = self.deepspeed.device
-            self.anchor = {n: tensors[f"{n}/reference"].to(device) for n in self.trainable}
+            self._part(p).data.copy_(self._cut(p, tensors[f"{name}/master"]))
+        self.refreshed = f"{first}/reference" in tensors
+        if self.refreshed:
+            self.hold_reference()
+            for name, p in self.trainable.items():
+                self.anchor[name].copy_(self._cut(p, tensors[f"{name}/reference"]))
 
     @property
     def _parts(self) -> list[Tensor]:
@@ -253,7 +309,5 @@ class Engine:
         elif self.stage < 3:
             safe_set_full_fp32_param(p, whole) if key == "master" else safe_set_full_optimizer_state(p, whole, key)
         else:
-            size = p.ds_tensor.numel()  # DeepSpeed's own setter of whole tensors forgets that the last part is padded
-            padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.world - whole.numel()))
-            part = padded[self.rank * size : (self.rank + 1) * size]
+            part = self._cut(p, whole)  # DeepSpeed's own setter of whole tensors forgets that the last part is padded
             safe_set_local_fp32_param(p, part) if key == "master" else safe_set_local_optimizer_state(p, part, key)

@@ -54,6 +54,22 @@ def local(name: str) -> Path:
         ) from error
 
 
+def processor_files(folder: Path) -> list[Path]:
+    """What makes a processor in `folder`, as far as it is there."""
+    return [folder / name for name in PROCESSOR if (folder / name).exists()]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint's weights: those its index names, else all. Raises ConfigError for one elsewhere."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if odd := [name for name in names if Path(name).name != name]:
+        raise ConfigError(f"{index} names {odd[0]!r}, which lies in another folder: not a checkpoint's own file")
+    return [folder / name for name in names]
+
+
 def export(found: Found, out: Path, *, prompt, scores: list[Path] = [], title: str | None = None,  # noqa: B006
            licence: str | None = None) -> Path:  # fmt: skip
     """Write everything to `out` (under a temporary name, then renamed). Raises ConfigError."""
@@ -66,12 +82,12 @@ def export(found: Found, out: Path, *, prompt, scores: list[Path] = [], title: s
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        there = [name for name in PROCESSOR if (processor / name).exists()]
-        if not {"preprocessor_config.json", "processor_config.json"} & set(there):
+        there = processor_files(processor)
+        if not {"preprocessor_config.json", "processor_config.json"} & {file.name for file in there}:
             raise ConfigError(f"{processor} has a tokenizer only: say where the processor is, --processor "
                               f"Qwen/Qwen2.5-Omni-7B")  # fmt: skip
-        for name in there:
-            shutil.copyfile(processor / name, temporary / name)
+        for file in there:
+            shutil.copyfile(file, temporary / file.name)
         if (base / "generation_config.json").exists():
             shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
         dtype = getattr(torch, found.dtype) if found.dtype else None
@@ -118,7 +134,7 @@ def write_weights(base: Path, adapter: Path | None, out: Path, dtype: torch.dtyp
 
     Raises ConfigError when the base has no safetensors or lacks a weight that the adapter changes.
     """
-    files = sorted(base.glob("*.safetensors"))
+    files = weight_files(base)
     if not files:
         raise ConfigError(f"{base} holds no *.safetensors")
     lora = _lora(adapter)

@@ -37,6 +37,7 @@ class Found:
     run: Path | None = None  # the run's folder, if it is one
     step: int | None = None  # of the run's checkpoint
     processor: str | None = None
+    origin: str | None = None  # of weights that were trained whole: the checkpoint from which they started
 
     @property
     def identity(self) -> dict:
@@ -91,20 +92,23 @@ def _run(folder: Path, checkpoint: str | int, processor: str | None) -> Found:
         adapter = pointers / named["folder"]
     else:
         adapter = pointers / f"step-{int(checkpoint):06d}"
-    if not (adapter / "adapter_config.json").exists():
+    whole = (adapter / "model.safetensors.index.json").exists()
+    if not whole and not (adapter / "adapter_config.json").exists():
         there = ", ".join(sorted(p.name for p in pointers.glob("step-*")))
         raise ConfigError(f"{adapter} is not there; {pointers} holds {there or 'nothing'}")
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    said = json.loads((adapter / ("config.json" if whole else "adapter_config.json")).read_text())
+    base, origin = (str(adapter), said.get("_name_or_path")) if whole else (said["base_model_name_or_path"], None)
     if not base or (not Path(base).exists() and (Path(base).is_absolute() or base.startswith("."))):
         raise ConfigError(f"{folder} was trained on the checkpoint {base}, which is not there: start from the folder "
                           f"in which it was trained, or put it back")  # fmt: skip
     prompt = config["prompt"]
     if prompt.get("_target_", "data.prompt.Prompt") != "data.prompt.Prompt":  # code of the user's own: must be named
         prompt = None
-    return Found(str(folder), base, adapter, prompt and {k: prompt.get(k) for k in PROMPT_KEYS if k in prompt},
+    values = prompt and {k: prompt.get(k) for k in PROMPT_KEYS if k in prompt}
+    return Found(str(folder), base, None if whole else adapter, values,
                  config["max_tokens"], config["model"]["dtype"], folder, int(adapter.name.rpartition("-")[2]),
-                 processor or config["model"].get("processor"))  # fmt: skip
+                 processor or (None if whole else config["model"].get("processor")), origin)  # fmt: skip
 
 
 def prompt_of(found: Found, named: str | None = None, words: int | None = None) -> Prompt:

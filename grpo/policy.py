@@ -8,7 +8,9 @@ work.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 from transformers.integrations import HfDeepSpeedConfig
@@ -79,22 +82,24 @@ class Prepared:
 
 
 class Policy(nn.Module):
-    """A Thinker checkpoint, its processor and a LoRA adapter.
+    """A Thinker checkpoint, its processor and a LoRA adapter, or weights of its own to train.
 
     Args:
         path: folder (or hub name) of a Qwen2.5-Omni checkpoint, full-Omni or Thinker layout.
         processor: where its processor is, if not in `path`: published Thinkers come with a tokenizer only.
         lora: r, alpha, dropout, targets (regex over the Thinker's module names) and `seed` of A's initial values;
-            None leaves the model as it is.
+            None adds no adapter.
+        full: without an adapter, the weights that are trained (regex over the Thinker's parameter names); None: none.
         temperature: of sampling and of all log-probabilities.
         attention: of packed rows: `sdpa` (rectangles), `flex` (FlexAttention), `auto`: flex on a GPU, else sdpa.
         zero3: DeepSpeed's configuration when weights are to be partitioned while loading, else None.
         audio_cache: of the clips' embeddings, while the audio tower is frozen.
-    Raises ValueError when the LoRA regex matches nothing, or matches the audio tower while `lora.audio_tower` is false.
+    Raises ValueError when a regex matches nothing, or `lora.targets` matches the audio tower while `lora.audio_tower`
+    is false.
     """
 
-    def __init__(self, path, lora: Mapping | None, *, prompt, dtype="float32", temperature=1.0, device="cpu",
-                 gradient_checkpointing=False, forward="shared", attention="auto", zero3=None,
+    def __init__(self, path, lora: Mapping | None, *, prompt, full: str | None = None, dtype="float32", temperature=1.0,
+                 device="cpu", gradient_checkpointing=False, forward="shared", attention="auto", zero3=None,
                  audio_cache: AudioCache | None = None, processor=None):  # fmt: skip
         super().__init__()
         for name, value, known in (("forward", forward, ("shared", "separate")),
@@ -107,15 +112,19 @@ class Policy(nn.Module):
         self.tokenizer = self.processor.tokenizer
         # Must outlive the model: from_pretrained reads it to load each weight already partitioned.
         self._zero3 = HfDeepSpeedConfig(dict(zero3)) if zero3 else None
-        thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        ).requires_grad_(False)
+        with no_holes() if zero3 else contextlib.nullcontext():
+            thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+                path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+            ).requires_grad_(False)
         thinker.visual = None  # never used: no images here, and no memory for them
         thinker.model.config._attn_implementation = "prefix"  # of the language model; the audio tower keeps sdpa
         thinker.lm_head.__class__ = Head
         if gradient_checkpointing:
             thinker.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = thinker if lora is None else add_lora(thinker, **lora)
+        if lora is None and full is not None:
+            train_weights(thinker, full)
+        self.path, self.processor_path = str(path), str(processor or path)
         self.to(device)
 
         config = thinker.generation_config
@@ -132,6 +141,10 @@ class Policy(nn.Module):
     @property
     def thinker(self) -> Qwen2_5OmniThinkerForConditionalGeneration:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
 
     @property
     def device(self) -> torch.device:
@@ -367,3 +380,60 @@ def add_lora(thinker, *, r, alpha, dropout, targets, seed=0, audio_tower=False):
         raise ValueError(f"model.lora.targets={targets!r} also matches the audio tower ({stray[0]} and "
                          f"{len(stray) - 1} more); anchor it: 'model\\.layers\\.\\d+\\..*'")  # fmt: skip
     return model
+
+
+@contextlib.contextmanager
+def no_holes():
+    """Large blocks go back to the system when freed. Under ZeRO-3 each weight is whole for a moment before its part is
+    kept; in between them glibc's heap would keep holes as large as the model."""
+    mallopt, threshold = getattr(ctypes.CDLL(None), "mallopt", None), -3  # M_MMAP_THRESHOLD; musl has none
+    if mallopt is None:
+        yield
+        return
+    mallopt(threshold, 2**18)
+    try:
+        yield
+    finally:
+        mallopt(threshold, 2**25)  # the largest to which it grows by itself: fast for activations
+
+
+def train_weights(thinker, full: str) -> None:
+    """Train the weights whose whole name matches the regex `full`. Raises ValueError if none does."""
+    chosen = [p for name, p in thinker.named_parameters() if re.fullmatch(full, name)]
+    if not chosen:
+        raise ValueError(f"model.full={full!r} matches no weight of the model: 'model\\..*|lm_head\\..*' are those of "
+                         f"the language model")  # fmt: skip
+    for p in chosen:
+        p.requires_grad_(True)
+
+
+def on_meta(shape, lora: Mapping | None, full: str | None, dtype: str) -> nn.Module:
+    """The language model of a Thinker of `shape` (grpo/sync/traffic.py), weightless, trained as given.
+
+    For grpo/plan.py, which counts what its forward pass keeps.
+    """
+    text = dict(
+        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab,
+        max_position_embeddings=32768, tie_word_embeddings=False,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=_sections(shape.head_dim)),
+    )  # fmt: skip
+    small = dict(d_model=64, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, output_dim=shape.hidden)
+    vision = dict(depth=1, hidden_size=64, intermediate_size=64, num_heads=2, fullatt_block_indexes=[0])
+    config = Qwen2_5OmniThinkerConfig(text_config=text, audio_config=small, vision_config=vision)
+    with torch.device("meta"):
+        thinker = Qwen2_5OmniThinkerForConditionalGeneration(config).to(getattr(torch, dtype)).requires_grad_(False)
+        thinker.visual = None
+        thinker.model.config._attn_implementation = "prefix"
+        thinker.lm_head.__class__ = Head
+        if lora is not None:
+            add_lora(thinker, **lora)
+        elif full is not None:
+            train_weights(thinker, full)
+    return thinker.train()
+
+
+def _sections(head_dim: int) -> list[int]:
+    """Rotary sections of Qwen2.5-Omni's proportions, which add up to half a head."""
+    quarter = head_dim // 8
+    return [quarter, (head_dim // 2 - quarter) // 2, head_dim // 2 - quarter - (head_dim // 2 - quarter) // 2]

@@ -2,7 +2,8 @@
 
 RUN/rollouts/step-000100/step.json            ids, token texts, rewards' names, how the step was split, what came of it
                          tensors.safetensors  per token [N, T] and completion [N]; prompts and spectrograms
-                         adapter/             peft's layout: the policy as it was BEFORE the step's updates
+                         adapter/             peft's layout: the policy as it was BEFORE the step's updates (without
+                                              an adapter a whole model: grpo/weights.py)
 
 Steps count from 1, as in metrics.jsonl. A record is written under a temporary name, then renamed. The base model is not
 in it: adapter_config.json names it.
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grpo.batch import Completion, Encoded, Group, pad_rows
+from grpo.weights import save_policy
 
 FORMAT = 2
 PER_TOKEN = ("logp_NT", "old_logp_NT", "sampler_logp_NT", "entropy_NT")  # and ref_logp_NT where there was one
@@ -117,11 +119,10 @@ def parts(groups: Sequence[Group], *, reward_BG: Tensor, component_NR: Tensor, a
 def save_adapter(run: Path, step: int, policy, engine) -> None:
     """Keep the policy as it is BEFORE the updates of `step` (from 1). Every rank must call; `write` completes it."""
     folder = _temporary(step_folder(run, step))
-    with engine.gathered():
-        if engine.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            policy.save_adapter(folder / "adapter")
+    if engine.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "adapter").mkdir(parents=True)
+    save_policy(policy, engine, folder / "adapter")
 
 
 def write(run: Path, step: int, kept: Sequence[Part], *, seed: int, micro: Sequence[Sequence[int]],

@@ -297,21 +297,26 @@ def load_policy(run: Path, folder: Path, model: str | None = None):
     from grpo.policy import Policy
 
     cfg = OmegaConf.load(Path(run) / "config.yaml")
-    try:
-        model = model or json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        weights = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, KeyError) as error:
-        raise ReplayError(f"{folder} holds no adapter that can be read ({error})") from error
-    lora = OmegaConf.to_container(cfg.model.lora) | {"seed": 0}
+    lora = weights = None
+    if cfg.model.lora is None:
+        model = str(folder)
+    else:
+        try:
+            model = model or json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+            weights = load_file(folder / "adapter_model.safetensors")
+        except (OSError, ValueError, KeyError) as error:
+            raise ReplayError(f"{folder} holds no adapter that can be read ({error})") from error
+        lora = OmegaConf.to_container(cfg.model.lora) | {"seed": 0}
     try:
         policy = Policy(
-            model, lora, prompt=None, dtype=cfg.model.dtype, temperature=cfg.temperature,
+            model, lora, full=cfg.model.get("full"), prompt=None, dtype=cfg.model.dtype, temperature=cfg.temperature,
             device="cuda" if torch.cuda.is_available() else "cpu", forward=cfg.model.forward,
             gradient_checkpointing=cfg.model.gradient_checkpointing, attention=cfg.model.attention,
         )  # fmt: skip
     except OSError as error:
         raise ReplayError(f"the base model {model} is not here: name it with --model ({error})") from error
-    policy.load_adapter(weights)
+    if weights is not None:
+        policy.load_adapter(weights)
     return policy
 
 

@@ -88,6 +88,9 @@ class Run:
             torch.distributed.broadcast_object_list(agreed)
         self.folder = folder = Path(agreed[0])
         s.check_ranks(self.world)
+        if (place := cfg.get("placement")) and place.ranks != self.world:
+            raise ConfigError(f"placement={place.name} is for {place.ranks} training rank(s), and {self.world} "
+                              f"started: NPROC={place.ranks // place.nodes} on {place.nodes} node(s)")  # fmt: skip
         random.seed(s.seed), np.random.seed(s.seed), torch.manual_seed(s.seed)
 
         self.advantage = build(cfg.advantage, "advantage")
@@ -115,10 +118,10 @@ class Run:
 
         prompt = build(cfg.prompt, "prompt")
         path = prepare_model(cfg, self.dataset, prompt, self.rank, self.world, display)
-        zero = zero_config(stage=cfg.engine.stage, clip=cfg.optim.clip, dtype=cfg.model.dtype, world=self.world)
+        zero = zero_config(**cfg.engine, clip=cfg.optim.clip, dtype=cfg.model.dtype, world=self.world)
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.policy = Policy(
-            path, OmegaConf.to_container(cfg.model.lora) | {"seed": s.seed}, prompt=prompt, dtype=cfg.model.dtype,
+            path, lora_of(cfg), full=cfg.model.get("full"), prompt=prompt, dtype=cfg.model.dtype,
             temperature=s.temperature, device=device,
             gradient_checkpointing=cfg.model.gradient_checkpointing, forward=cfg.model.forward,
             attention=cfg.model.attention, zero3=zero if cfg.engine.stage == 3 else None,
@@ -126,6 +129,8 @@ class Run:
             processor=cfg.model.get("processor"),
         )  # fmt: skip
         self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
+        if needs(self.objective).reference and not self.policy.has_adapter:
+            self.engine.hold_reference()
         if hasattr(get_object(cfg.rollout._target_), "every_rank"):  # an engine with weights of its own takes a while
             display.say("starting the rollout engine ...")
         self.rollout = build(engine_keys(cfg.rollout), "rollout", policy=self.policy)
@@ -173,7 +178,12 @@ class Run:
     def header(self) -> str:
         """The first lines of a run: exactly what is optimised, on what, by which weights."""
         s = self.settings
-        trained = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in self.engine.trainable.values())
+        count = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in self.engine.trainable.values())
+        tensors = len(self.engine.trainable)
+        trained = f"{count:,} LoRA weights on {tensors // 2} modules"
+        if not self.policy.has_adapter:
+            held = "held as a copy" if self.engine.anchor else "none"
+            trained = f"{count:,} weights in {tensors} tensors ({self.cfg.model.full}), reference {held}"
         loss = self.objective.describe() if hasattr(self.objective, "describe") else describe(self.objective)
         return (
             f"objective {loss}\n"
@@ -181,7 +191,7 @@ class Run:
             f"reward    r = {self.rewards.describe()}\n"
             f"step      {s.questions} questions x {s.generations} completions at temperature {s.temperature:g}, "
             f"{s.updates} update(s); old = {'detach(new)' if s.updates == 1 else 'the first update of the rollout'}\n"
-            f"policy    {self.cfg.model.name}, {trained:,} LoRA weights on {len(self.engine.trainable) // 2} modules, "
+            f"policy    {self.cfg.model.name}, {trained}, "
             f"{self.cfg.model.dtype}, ZeRO-{self.engine.stage}, {self.world} rank(s)\n"
             f"rollout   {_module(self.rollout)}, weights by {_module(self.sync)}, lag {s.rollout_lag}\n"
             f"data      {len(self.dataset.train)} training and {len(self.dataset.eval)} held-out questions, "
@@ -342,6 +352,15 @@ class Run:
             reward = [r["reward"] for r in read_metrics(self.folder) if "reward" in r] or [float("nan")]
             summary |= {"reward/first": float(np.mean(reward[:10])), "reward/last": float(np.mean(reward[-10:]))}
         return summary
+
+
+def lora_of(cfg: DictConfig) -> dict | None:
+    """Arguments of the adapter; None where whole weights are trained. Raises ConfigError where nothing would be."""
+    if cfg.model.lora is not None:
+        return OmegaConf.to_container(cfg.model.lora) | {"seed": cfg.seed}
+    if cfg.model.get("full") is None:
+        raise ConfigError("model.lora and model.full are both null: nothing would be trained")
+    return None
 
 
 def build_audio_cache(cfg: DictConfig) -> AudioCache:

@@ -94,7 +94,7 @@ class Fine:
         from grpo.policy import Policy
         from grpo.predict import spread
         from grpo.rollout.hf import HFRollout
-        from grpo.run import build_audio_cache, prepare_model
+        from grpo.run import build_audio_cache, lora_of, prepare_model
 
         for key, hint in TYPES.items():
             check_type(key, cfg[key], hint)
@@ -111,10 +111,10 @@ class Fine:
         self.dataset = build(cfg.data, "data")
         prompt = build(cfg.prompt, "prompt")
         path = prepare_model(cfg, self.dataset, prompt, self.rank, self.world, display)
-        zero = zero_config(stage=cfg.engine.stage, clip=cfg.optim.clip, dtype=cfg.model.dtype, world=self.world)
+        zero = zero_config(**cfg.engine, clip=cfg.optim.clip, dtype=cfg.model.dtype, world=self.world)
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
         self.policy = Policy(
-            path, OmegaConf.to_container(cfg.model.lora) | {"seed": cfg.seed}, prompt=prompt, dtype=cfg.model.dtype,
+            path, lora_of(cfg), full=cfg.model.get("full"), prompt=prompt, dtype=cfg.model.dtype,
             device=device, gradient_checkpointing=cfg.model.gradient_checkpointing, attention=cfg.model.attention,
             forward=cfg.model.forward, zero3=zero if cfg.engine.stage == 3 else None,
             processor=cfg.model.get("processor"), audio_cache=build_audio_cache(cfg),

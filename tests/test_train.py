@@ -27,6 +27,10 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("work")
 
 
+# In the environment of every run here: none may leave a trace.
+SECRETS = {"WANDB_API_KEY": "5ec2e7a1" * 5, "HF_TOKEN": "hf_5ec2e7b2token", "GRPO_SERVER_TOKEN": "5ec2e7c3server"}
+
+
 def train(work, *overrides, ranks=1, ok=True, base=SMALL):
     launcher = (
         ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
@@ -35,6 +39,7 @@ def train(work, *overrides, ranks=1, ok=True, base=SMALL):
     )
     env = {
         **os.environ,
+        **SECRETS,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
@@ -80,6 +85,14 @@ def test_a_run_folder_holds_what_is_promised(work, straight):
     assert (folder / "config.yaml").exists() and (folder / "curves.png").stat().st_size > 10_000
     assert (folder / "checkpoints" / "step-000006" / "adapter_model.safetensors").exists()
     assert list(folder.glob("wandb/offline-run-*"))
+
+
+def test_no_secret_of_the_environment_is_written_or_printed(work, straight):
+    written = [p for p in work.rglob("*") if p.is_file()]
+    assert any(p.suffix == ".wandb" for p in written) and any(p.name == "provenance.json" for p in written)
+    for name, secret in SECRETS.items():
+        assert secret not in straight
+        assert not [p for p in written if secret.encode() in p.read_bytes()], name
 
 
 def test_the_run_prints_the_objective_first(straight):

@@ -45,7 +45,7 @@ class Rollouts:
         if lag and getattr(run.rollout, "sleeps", False):
             raise ConfigError("rollout.lag=1 samples during the update, when a sleeping engine has no memory: "
                               "rollout.sleep=false, and room for both")  # fmt: skip
-        if lag and run.rollout.every_rank and run.cfg.model.lora.dropout:
+        if lag and run.rollout.every_rank and (run.cfg.model.lora or {}).get("dropout"):
             raise ConfigError("rollout.lag=1 with an engine in the trainer's process: both would draw from one random "
                               "generator in no fixed order. model.lora.dropout=0, or rollout=vllm_server")  # fmt: skip
         self.run, self.lag = run, lag

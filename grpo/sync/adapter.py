@@ -22,6 +22,8 @@ class Adapter:
                  probe_limit: float | None = None):  # fmt: skip
         if not adapters:
             raise ValueError("adapters must be true: without it the rollout engine takes no adapter")
+        if not policy.has_adapter:
+            raise ValueError("sync=adapter sends an adapter, and model.lora is null: use sync=full")
         self.policy, self.engine, self.rollout = policy, engine, rollout
         self.probe = Probe(policy, engine, rollout, every=probe_every, limit=probe_limit)
         lora = policy.model.peft_config["default"]

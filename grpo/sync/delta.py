@@ -20,6 +20,8 @@ class Delta:
     """See the module."""
 
     def __init__(self, policy, engine, rollout, *, probe_every: int = 10, probe_limit: float | None = None):
+        if not policy.has_adapter:
+            raise ValueError("sync=delta sends an adapter, and model.lora is null: use sync=full")
         self.policy, self.engine, self.rollout = policy, engine, rollout
         self.probe = Probe(policy, engine, rollout, every=probe_every, limit=probe_limit)
         adapted = {n: m for n, m in policy.model.named_modules() if hasattr(m, "lora_A")}

@@ -21,6 +21,7 @@ from grpo.policy import Policy
 from tests.conftest import LORA, make_clip, make_prompt, make_question
 
 QUESTIONS, COPIES = 4, 3
+FULL = r"model\..*|lm_head\..*"
 
 
 def fixed_groups(policy):
@@ -39,6 +40,34 @@ def fixed_groups(policy):
     return groups
 
 
+def another_reference(engine):
+    """The reference held for whole weights, moved away from the policy."""
+    generator = torch.Generator().manual_seed(2)
+    engine.hold_reference()
+    with engine.gathered():
+        whole = {n: p.detach().clone() for n, p in engine.trainable.items()}
+    for name, p in engine.trainable.items():
+        moved = whole[name] + 0.01 * torch.randn(whole[name].shape, generator=generator)
+        engine.anchor[name].copy_(engine._cut(p, moved))
+
+
+def census(engine):
+    """Bytes of this rank's weights, gradients and optimizer (master weights and states), tensor by tensor."""
+    inner, stage = engine.deepspeed.optimizer, engine.stage
+    weights = [p.ds_tensor if stage == 3 else p for p in engine.policy.parameters()]
+    if stage < 2:
+        grads = [p.grad for p in engine.trainable.values() if p.grad is not None]
+    else:
+        kept = inner.averaged_gradients.values() if stage == 2 else [[inner.grad_partitions_flat_buffer]]
+        grads = [g for group in kept if group for g in group]
+    states = [v for state in engine.optimizer.state.values() for v in state.values() if v.dim()]
+    return {"weights": weights, "gradients": grads, "optimizer": engine._parts + states}
+
+
+def nbytes(tensors):
+    return float(sum(t.nbytes for t in tensors))
+
+
 def gradients(
     checkpoint,
     *,
@@ -51,12 +80,14 @@ def gradients(
     clip=1e9,
     sgd=None,
     poisoned=False,
+    full=False,
+    offload=False,
 ):
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share = QUESTIONS // world
-    zero = zero_config(stage=stage, clip=clip, dtype="float32", world=world)
-    policy = Policy(checkpoint, LORA, prompt=make_prompt(), forward=layout, gradient_checkpointing=checkpointing,
-                    zero3=zero if stage == 3 else None)  # fmt: skip
+    zero = zero_config(stage=stage, clip=clip, dtype="float32", world=world, offload=offload)
+    policy = Policy(checkpoint, None if full else LORA, full=FULL, prompt=make_prompt(), forward=layout,
+                    gradient_checkpointing=checkpointing, zero3=zero if stage == 3 else None)  # fmt: skip
     policy.pad = pad
     generator = torch.Generator().manual_seed(1)
     for name, p in policy.named_parameters():
@@ -64,6 +95,8 @@ def gradients(
             p.data = 0.1 * torch.randn(p.shape, generator=generator)
     # lr=99: what counts is the one given to step
     engine = Engine(policy, partial(torch.optim.SGD if sgd else torch.optim.AdamW, lr=99.0), zero)
+    if full:
+        another_reference(engine)
     objective = Objective(
         beta=0.04, ratio=ratio.token, surrogate=partial(surrogate.clipped, clip_low=0.2, clip_high=0.2), kl=kl.k3,
         aggregate=partial(getattr(aggregate, aggregated), **({"length": 12} if aggregated == "constant" else {})),
@@ -73,12 +106,12 @@ def gradients(
     n_tokens = float(loss_mask(everything, True).sum())
     advantage = torch.linspace(-1.5, 2.0, QUESTIONS * COPIES) * (float("nan") if poisoned else 1.0)
     mine = range(rank * share, (rank + 1) * share)
-    total = 0.0
+    total = gap = 0.0
     policy.train()
     for i in range(0, share, micro):
         groups = [everything[b] for b in mine[i : i + micro]]
         batch = policy.prepare(groups)
-        with torch.no_grad(), policy.reference():
+        with torch.no_grad(), engine.reference():
             ref, _ = engine(batch)
         logp, entropy = engine(batch)
         old = pad_rows([c.sampler_logp for g in groups for c in g.completions])
@@ -87,11 +120,14 @@ def gradients(
                                    loss_mask(groups, True), n_tokens, float(QUESTIONS * COPIES)))  # fmt: skip
         engine.backward(out.loss, last=i + micro == share)
         total += out.loss.item()
+        gap = max(gap, (ref - logp).abs().max().item())
     grads = engine.gradients()
+    held = {k: nbytes(v) for k, v in census(engine).items() if k != "optimizer"}
     try:
         norm = engine.step(sgd or 1e-3)
     except FloatingPointError:
         norm = -1.0
+    held["optimizer"] = nbytes(census(engine)["optimizer"])
     with engine.gathered():
         weights = {f"after/{n}": p.detach().clone() for n, p in engine.trainable.items()}
     loss = engine.reduce({"loss": total})["loss"]
@@ -99,6 +135,8 @@ def gradients(
         **grads,
         **weights,
         "loss": torch.tensor([loss], dtype=torch.float64),
+        "bytes": torch.tensor([held[k] for k in ("weights", "gradients", "optimizer")], dtype=torch.float64),
+        "gap": torch.tensor([gap]),
         "norm": torch.tensor([norm], dtype=torch.float64),
         "ranks": torch.tensor(engine.gather([rank] * (rank + 1))),
         "ends": torch.tensor([engine.reduce({"rank": float(rank)}, how)["rank"] for how in ("min", "max", "sum")]),

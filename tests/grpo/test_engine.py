@@ -11,6 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo.plan import read_shape, states
+from tests.conftest import LORA
+from tests.grpo.gradient_worker import FULL as WHOLE
+
 ROOT = Path(__file__).parents[2]
 SPLITS = {f"zero{stage}-micro{micro}": {"stage": stage, "micro": micro} for stage in (0, 2, 3) for micro in (1, 2)}
 ONE = SPLITS | {
@@ -28,7 +32,13 @@ SGD = {
     **{f"poisoned-zero{stage}": {"stage": stage, "micro": 4, "poisoned": True} for stage in (0, 2, 3)},
     **{f"clipped-zero{stage}": {"stage": stage, "micro": 2, "sgd": 1.0, "clip": 1e-4} for stage in (0, 2, 3)},
 }
-TWO = SPLITS | {f"{a}-1": {"stage": 0, "micro": 1, "aggregated": a} for a in ("token_mean", "constant")}
+# Whole weights: plain descent, for AdamW makes a step of full size out of a gradient that is only rounding.
+FULL = {f"full-zero{stage}": {"stage": stage, "micro": 2, "full": True, "sgd": 0.1} for stage in (0, 1, 2, 3)}
+OFFLOAD = {"offload": {"stage": 3, "micro": 2, "offload": True},
+           "full-offload": {"stage": 3, "micro": 2, "offload": True, "full": True, "sgd": 0.1}}  # fmt: skip
+FOUR = {n: v | {"micro": 1} for n, v in (SPLITS | FULL | OFFLOAD).items() if not n.endswith("micro2")}
+TWO = SPLITS | FULL | OFFLOAD
+TWO |= {f"{a}-1": {"stage": 0, "micro": 1, "aggregated": a} for a in ("token_mean", "constant")}
 
 
 def free_port() -> int:
@@ -61,13 +71,13 @@ def run_worker(checkpoint, out, ranks, variants):
 @pytest.fixture(scope="module")
 def results(checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("gradients")
-    run_worker(checkpoint, out, 1, ONE | SGD)
+    run_worker(checkpoint, out, 1, ONE | SGD | FULL | OFFLOAD)
     run_worker(checkpoint, out, 2, TWO)
     return {p.stem: load_file(p) for p in out.glob("*.safetensors")}
 
 
 def worst(a, b, prefix=""):
-    keys = [k for k in a if "lora_" in k and k.startswith("after/") == (prefix == "after/")]
+    keys = [k for k in a if "." in k and k.startswith("after/") == (prefix == "after/")]
     assert keys and a.keys() == b.keys()
     return max((a[k] - b[k]).abs().max().item() for k in keys)
 
@@ -76,11 +86,51 @@ def worst(a, b, prefix=""):
     "name", [f"1-{n}" for n in ONE if not n.startswith(("token", "constant"))] + [f"2-{n}" for n in SPLITS]
 )
 def test_every_split_gives_the_gradient_of_the_whole_step(results, name):
-    whole, split = results["1-whole"], results[name]
+    same(results["1-whole"], results[name])
+
+
+def same(whole, split):
     assert worst(whole, split) <= 1e-6
     assert worst(whole, split, "after/") <= 2e-6
     assert split["loss"].item() == pytest.approx(whole["loss"].item(), abs=1e-6)
     assert split["norm"].item() == pytest.approx(whole["norm"].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [f"{ranks}-{n}" for ranks in (1, 2) for n in FULL | OFFLOAD])
+def test_whole_weights_and_the_hosts_memory_change_no_number(results, name):
+    same(results["1-full-zero0" if "full" in name else "1-whole"], results[name])
+
+
+def test_whole_weights_are_those_of_the_language_model(results):
+    names = [k for k in results["1-full-zero0"] if "." in k and not k.startswith("after/")]
+    assert any("embed_tokens" in n for n in names) and any("lm_head" in n for n in names)
+    assert not any("audio_tower" in n or "lora_" in n for n in names)
+    for name in results:
+        if "full" in name:  # its reference is another policy than what is trained
+            assert results[name]["gap"].item() > 0.01, name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", [*(f"zero{stage}-micro2" for stage in (0, 2, 3)), *(f for f in FULL if "1" not in f)])
+def test_a_rank_holds_what_the_plan_says(checkpoint, results, ranks, name):
+    """grpo/plan.py against a census of the tensors; tiny weights are padded, the 7B's are not to speak of."""
+    variant = TWO[name]
+    want = states(read_shape(checkpoint / "config.json"), None if "full" in name else LORA, WHOLE,
+                  stage=variant["stage"], ranks=ranks, dtype="float32")  # fmt: skip
+    got = dict(zip(("weights", "gradients", "optimizer"), results[f"{ranks}-{name}"]["bytes"].tolist(), strict=True))
+    if "sgd" in variant:  # no states: master weights only
+        want["optimizer"] = want["gradients"] * bool(variant["stage"]) if variant["stage"] > 1 else 0
+    for key, value in got.items():
+        assert value == pytest.approx(want[key], rel=0.02), key
+
+
+@pytest.mark.skipif("GRPO_TEST_RANKS" not in os.environ, reason="GRPO_TEST_RANKS=4 starts so many ranks")
+def test_more_ranks(checkpoint, results, tmp_path):
+    ranks = int(os.environ["GRPO_TEST_RANKS"])
+    run_worker(checkpoint, tmp_path, ranks, FOUR)
+    for name in FOUR:
+        same(results["1-full-zero0" if "full" in name else "1-whole"],
+             load_file(tmp_path / f"{ranks}-{name}.safetensors"))  # fmt: skip
 
 
 @pytest.mark.parametrize("aggregate", ["token_mean", "constant"])
