@@ -1,0 +1,164 @@
+"""On a real SLURM of two nodes: what is submitted runs, is told to stop, is queued again, and goes on to the same end.
+
+`make test-slurm`. The stand-in needs nothing but the contract (exit code 75, resume=true); the runs of grpo.train at the
+end need the whole trainer.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.cluster import Cluster, missing
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def stand(cluster, tmp_path):
+    """A folder of jobs in which `python -m grpo.train` is the stand-in: the working directory comes first."""
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo" / "__init__.py").touch()
+    shutil.copy(Path(__file__).with_name("standin.py"), tmp_path / "grpo" / "train.py")
+    return tmp_path
+
+
+def launch(cluster, home, *words, command="train", ok=True, **changes):
+    """`python -m launch.slurm` on the CPU cluster, jobs starting in `home`."""
+    changes = {"scratch": home, "interface": "lo", "lead": 30} | changes
+    sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    done = subprocess.run([sys.executable, "-m", "launch.slurm", command, "--cluster", "cpu", *sets, *words], cwd=ROOT,
+                          env=cluster.env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout if ok else done.stderr
+
+
+def submit(cluster, home, *words, **changes) -> str:
+    return launch(cluster, home, *words, **changes).split()[1]
+
+
+def states(home, name):
+    return [json.loads(p.read_text()) for p in sorted((home / "outputs" / name).glob("state-*.json"))]
+
+
+def output(home):
+    return "".join(p.read_text() for p in sorted((home / "slurm").glob("*.out")))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory):
+    """What the ranks end with when nothing happens: 300 steps on two nodes."""
+    home = tmp_path_factory.mktemp("calm")
+    (home / "grpo").mkdir()
+    (home / "grpo" / "__init__.py").touch()
+    shutil.copy(Path(__file__).with_name("standin.py"), home / "grpo" / "train.py")
+    job = submit(cluster, home, "steps=300", "name=calm", nodes=2)
+    assert cluster.ended(job)["JobState"] == "COMPLETED", output(home)
+    return states(home, "calm")
+
+
+def running(cluster, home, name, step):
+    """Wait until every rank of a run has a state past `step`."""
+    cluster.until(lambda: len(s := states(home, name)) == 2 and min(x["step"] for x in s) > step, 60, f"step {step}")
+
+
+def same_end(home, name, undisturbed):
+    assert [s["hash"] for s in states(home, name)] == [s["hash"] for s in undisturbed], output(home)
+    assert min(s["legs"] for s in states(home, name)) > 1 and all(s["legs"] == 1 for s in undisturbed)
+
+
+def test_the_ranks_meet_and_the_words_arrive_as_they_were_given(cluster, stand):
+    hostile = ["a=$(touch pwned)", "b=`touch pwned`", "c='\" $HOME ; & | * \\", "d=a\nb", "e=@HOME@ @COMMAND@"]
+    job = submit(cluster, stand, "steps=1", *hostile, nodes=2, ranks_per_node=2, partition="main")
+    assert cluster.ended(job)["JobState"] == "COMPLETED", output(stand)
+    about = [json.loads(p.read_text()) for p in sorted((stand / "outputs" / f"train-{job}").glob("about-*.json"))]
+    assert [a["env"]["RANK"] for a in about] == ["0", "1", "2", "3"]
+    assert [a["env"]["LOCAL_RANK"] for a in about] == ["0", "1", "0", "1"]
+    assert [a["env"]["SLURMD_NODENAME"] for a in about] == ["n1", "n1", "n2", "n2"]
+    assert {(a["env"]["WORLD_SIZE"], a["env"]["MASTER_ADDR"]) for a in about} == {("4", "127.0.0.1")}
+    assert {a["env"]["HF_HUB_OFFLINE"] + a["env"]["WANDB_MODE"] for a in about} == {"1offline"}
+    assert about[0]["words"] == ["steps=1", *hostile, f"name=train-{job}"]
+    assert not list(stand.rglob("pwned")) and "job" in launch(cluster, stand, job, command="logs")
+
+
+def test_what_dry_prints_slurm_would_take(cluster):
+    dry = subprocess.run(["make", "-s", "slurm-train", "EXPERIMENT=audsemthinker_qa_grpo", "DRY=1"], cwd=ROOT, text=True,
+                         env=cluster.env | {"MAKEFLAGS": "", "PYTHON": sys.executable}, capture_output=True)  # fmt: skip
+    assert dry.returncode == 0, dry.stderr
+    taken = subprocess.run(["sbatch", "--test-only"], input=dry.stdout, env=cluster.env, capture_output=True, text=True)
+    assert taken.returncode == 0 and "to start at" in taken.stderr, taken.stderr
+    assert not cluster.run("squeue", "-h")
+
+
+def test_before_the_time_limit_it_stops_is_queued_again_and_goes_on(cluster, stand, undisturbed):
+    job = submit(cluster, stand, "steps=300", "name=limit", nodes=2, time="00:01:00", lead=50)
+    assert cluster.ended(job, 400)["JobState"] == "COMPLETED", output(stand)
+    assert "told by USR1 to stop" in output(stand) and "ended with 75: queued again" in output(stand)
+    same_end(stand, "limit", undisturbed)
+
+
+def test_scontrol_requeue(cluster, stand, undisturbed):
+    job = submit(cluster, stand, "steps=300", "name=again", nodes=2)
+    running(cluster, stand, "again", 20)
+    cluster.run("scontrol", "requeue", job)
+    assert cluster.ended(job)["JobState"] == "COMPLETED", output(stand)
+    same_end(stand, "again", undisturbed)
+
+
+def test_preempted_by_a_higher_partition(cluster, stand, undisturbed):
+    job = submit(cluster, stand, "steps=300", "name=low", nodes=2, sbatch="[--exclusive]")
+    running(cluster, stand, "low", 20)
+    other = submit(cluster, stand, "steps=10", "name=high", nodes=2, partition="high", sbatch="[--exclusive]")
+    assert cluster.ended(other)["JobState"] == "COMPLETED", output(stand)
+    assert cluster.ended(job)["JobState"] == "COMPLETED", output(stand)
+    same_end(stand, "low", undisturbed)
+
+
+def test_a_node_is_lost(cluster, stand, undisturbed):
+    job = submit(cluster, stand, "steps=300", "name=lost", nodes=2)
+    running(cluster, stand, "lost", 20)
+    cluster.kill("n2")
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+    cluster.start("n2")
+    cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME", ok=False)
+    assert cluster.ended(job)["JobState"] == "COMPLETED", output(stand)
+    same_end(stand, "lost", undisturbed)
+
+
+def test_a_cancelled_job_stays_cancelled(cluster, stand):
+    job = submit(cluster, stand, "steps=3000", "name=enough", nodes=2)
+    running(cluster, stand, "enough", 10)
+    assert f"cancelled {job} enough" in launch(cluster, stand, "enough", command="cancel")
+    cluster.until(lambda: "EndTime" in cluster.job(job) and not cluster.run("squeue", "-h"), 60, "end")
+    assert cluster.state(job) == "CANCELLED", output(stand)
+
+
+def test_a_fault_is_not_tried_again_and_a_run_that_never_ends_is_not_queued_for_ever(cluster, stand):
+    job = submit(cluster, stand, "steps=1", "name=broken", "fail=3")
+    assert cluster.ended(job) | {"x": 0} and cluster.job(job)["ExitCode"] == "3:0" and cluster.job(job)["Restarts"] == "0"
+    job = submit(cluster, stand, "steps=1", "name=endless", "fail=75", requeue=2)
+    assert cluster.ended(job)["Restarts"] == "2" and "enough" in output(stand)
+
+
+def test_status_and_mistakes(cluster, stand):
+    job = submit(cluster, stand, "steps=3000", "name=seen")
+    table = launch(cluster, stand, command="status")
+    assert job in table and "seen" in table
+    assert "none of your jobs" in launch(cluster, stand, "nobody", command="cancel", ok=False)
+    assert "seen" in launch(cluster, stand, "nobody", command="logs", ok=False)
+    launch(cluster, stand, job, command="cancel")
+    assert "invalid partition" in launch(cluster, stand, "steps=1", partition="nowhere", ok=False)
