@@ -113,14 +113,12 @@ def minutes(time: str) -> int:
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash:
-        hours, mins, secs = (parts + [0, 0])[:3]
+        hours, mins, secs = [*parts, 0, 0][:3]
     elif len(parts) == 3:
         hours, mins, secs = parts
     else:
-        hours, mins, secs = 0, *(parts + [0])[:2]
+        hours, mins, secs = 0, *[*parts, 0][:2]
     return int(days or 0) * 1440 + hours * 60 + mins + (secs > 0)
-
-
 
 
 def _load(path: Path) -> dict:

@@ -6,9 +6,9 @@
     cancel NAME|ID     end jobs; a run keeps its last checkpoint
     logs   NAME|ID     the last lines of a job's output; -f follows it
 
---cluster NAME takes conf/cluster/NAME.yaml, --set KEY=VALUE changes a key of it, --dry prints what would be submitted, itself
-a script for sbatch. Words reach the job exactly as given: no shell reads them again. How a job is told to stop, queued
-again and goes on: launch/templates/job.sh.
+--cluster NAME takes conf/cluster/NAME.yaml, --set KEY=VALUE changes a key of it, --dry prints what would be submitted,
+itself a script for sbatch; these come before the words, which reach the job exactly as given: no shell reads them
+again. How a job is told to stop, is queued again and goes on: launch/templates/job.sh.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.site import ROOT, Site, SiteError, read
+from launch.site import ROOT, Site, SiteError, minutes, read
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PROGRAMS = {"train": "grpo.train", "eval": "grpo.evaluate"}
@@ -78,13 +78,35 @@ def options(site: Site, name: str) -> list[str]:
 def environment(site: Site) -> list[str]:
     lines = []
     if site.offline:
-        lines += ["# no network: models come from the cache that make fetch filled",
-                  "export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline"]  # fmt: skip
+        lines += ["# no network: models come from the cache that make fetch filled"]
+        lines += ["export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline"]
     if site.interface:
         lines += [f"export NCCL_SOCKET_IFNAME={quote(site.interface)} GLOO_SOCKET_IFNAME={quote(site.interface)}"]
     if not site.gpus_per_node:
         lines += ["export TORCHDYNAMO_DISABLE=1  # on a CPU compiling costs more than it wins"]
     return lines
+
+
+def sweep(key: str):
+    """A value of conf/hydra/launcher/slurm.yaml, from the site that CLUSTER in the environment names.
+
+    A job of a sweep asks for one process on one GPU. It knows by itself how far it is (grpo.multirun.todo).
+    """
+    site = read(os.environ.get("CLUSTER") or "default")
+    again = (f"[ $? -eq 75 ] && [ $((SLURM_RESTART_COUNT)) -lt {site.requeue} ] && "
+             f'scontrol show job "$SLURM_JOB_ID" -o | grep -q " JobState=RUNNING " && '
+             f'scontrol requeue "$SLURM_JOB_ID" && sleep 60')  # fmt: skip
+    path = f"export PYTHONPATH={quote(str(ROOT))}:$PYTHONPATH OMP_NUM_THREADS={site.cpus_per_rank}"
+    setup = [*(f"module load {quote(m)}" for m in site.modules), *site.setup, path, *environment(site),
+             f"trap {quote(again)} EXIT"]  # fmt: skip
+    more = {word.removeprefix("--").partition("=")[0]: word.partition("=")[2] or True for word in site.sbatch}
+    return {
+        "partition": site.partition, "account": site.account, "qos": site.qos, "minutes": minutes(site.time),
+        "cpus_per_rank": site.cpus_per_rank, "gpu": 1 if site.gpus_per_node else None, "jobs": site.jobs,
+        "lead": site.lead, "requeue": site.requeue,
+        "options": more | {"requeue" if site.requeue else "no-requeue": True},
+        "setup": [line.replace("${", "\\${") for line in setup],  # of the shell, and not for OmegaConf
+    }[key]  # fmt: skip
 
 
 def check_words(words: Sequence[str], site: Site) -> None:

@@ -13,6 +13,9 @@ srun --mpi=none --kill-on-bad-exit=1 --nodes=@SERVE_NODES@ --nodelist="$(comma "
     @CONTAINER@@PYTHON@ -m grpo.rollout.standalone --port=$((port + 1)) --count=@SERVERS_PER_NODE@ @WORDS@ &
 servers=$!
 trap 'kill "$servers" 2> /dev/null; wait "$servers" 2> /dev/null' EXIT
-@PYTHON@ -m launch.health --pid "$servers" "${urls[@]}" || { say "no servers of rollouts"; exit 1; }
+@PYTHON@ -m launch.health --pid "$servers" "${urls[@]}" &
+wait $!  # which a signal ends
+ready=$?
 if ((told)); then finish 75; fi
+if ((ready)); then say "no servers of rollouts"; exit 1; fi
 command+=(rollout.start=false "rollout.urls=[$(comma "${urls[@]}")]")

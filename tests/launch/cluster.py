@@ -101,8 +101,8 @@ class Cluster:
         self.run("slurmctld", "-c")
         for node in ("n1", "n2"):
             self.start(node)
-        self.until(lambda: self.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split() == ["n1", "n2"],
-                   30, "two idle nodes")  # fmt: skip
+        idle = ("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N")
+        self.until(lambda: self.run(*idle).split() == ["n1", "n2"], 30, "two idle nodes")
 
     def start(self, node: str) -> None:
         self.run("slurmd", "-N", node, "-c")
@@ -119,7 +119,10 @@ class Cluster:
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (path / "environ").read_bytes().split(b"\0")
-                if f"SLURM_CONF={self.env['SLURM_CONF']}".encode() in words and f"SLURMD_NODENAME={node}".encode() in words:
+                if (
+                    f"SLURM_CONF={self.env['SLURM_CONF']}".encode() in words
+                    and f"SLURMD_NODENAME={node}".encode() in words
+                ):
                     found.append(int(path.name))
         return found
 
@@ -137,13 +140,18 @@ class Cluster:
         return self.job(number)["JobState"]
 
     def ended(self, number: str, seconds: float = 180) -> dict[str, str]:
-        """Wait for the end of a job, queued again or not; a requeued one need not wait for its time."""
+        """Wait for the end of a job, however often it is queued again (which then need not wait for its time)."""
+        seen = []
 
         def over() -> bool:
             job = self.job(number)
             if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
                 self.run("scontrol", "update", f"JobId={number}", "StartTime=now", ok=False)
-            return job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+            if job["JobState"] not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
+                seen.clear()
+            else:  # a job on its way back to the queue says FAILED for a moment
+                seen.append(time.monotonic())
+            return bool(seen) and seen[-1] - seen[0] > 3
 
         self.until(over, seconds, f"the end of job {number}")
         return self.job(number)

@@ -1,6 +1,6 @@
-"""Stands in for `python -m grpo.train` where only the contract with the batch script is tested: no torch, 0.1 s a step.
+"""Stands in for `python -m grpo.train` where only the contract with the batch script is tested: 0.1 s a step.
 
-Every rank counts to `steps`, hashing as it goes; told to stop it keeps its state and exits with 75; resume=true goes on.
+Every rank counts to `steps`, hashing as it goes; told to stop it keeps its state and exits with 75; resume goes on.
 """
 
 import hashlib

@@ -1,14 +1,17 @@
 """On a real SLURM of two nodes: what is submitted runs, is told to stop, is queued again, and goes on to the same end.
 
-`make test-slurm`. The stand-in needs nothing but the contract (exit code 75, resume=true); the runs of grpo.train at the
-end need the whole trainer.
+`make test-slurm`. The stand-in needs nothing but the contract (exit code 75, resume=true); the runs of grpo.train at
+the end need the whole trainer.
 """
 
+import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,8 +99,11 @@ def test_the_ranks_meet_and_the_words_arrive_as_they_were_given(cluster, stand):
 
 
 def test_what_dry_prints_slurm_would_take(cluster):
-    dry = subprocess.run(["make", "-s", "slurm-train", "EXPERIMENT=audsemthinker_qa_grpo", "DRY=1"], cwd=ROOT, text=True,
-                         env=cluster.env | {"MAKEFLAGS": "", "PYTHON": sys.executable}, capture_output=True)  # fmt: skip
+    make = ["make", "-n", "slurm-train", "EXPERIMENT=audsemthinker_qa_grpo", "DRY=1"]
+    env = cluster.env | {"MAKEFLAGS": ""}
+    line = subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True).stdout.splitlines()[-1]
+    command = [sys.executable, *shlex.split(line)[1:]]  # the first is .venv/bin/python
+    dry = subprocess.run(command, cwd=ROOT, env=cluster.env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert dry.returncode == 0, dry.stderr
     taken = subprocess.run(["sbatch", "--test-only"], input=dry.stdout, env=cluster.env, capture_output=True, text=True)
     assert taken.returncode == 0 and "to start at" in taken.stderr, taken.stderr
@@ -149,7 +155,8 @@ def test_a_cancelled_job_stays_cancelled(cluster, stand):
 
 def test_a_fault_is_not_tried_again_and_a_run_that_never_ends_is_not_queued_for_ever(cluster, stand):
     job = submit(cluster, stand, "steps=1", "name=broken", "fail=3")
-    assert cluster.ended(job) | {"x": 0} and cluster.job(job)["ExitCode"] == "3:0" and cluster.job(job)["Restarts"] == "0"
+    end = cluster.ended(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "3:0", "0"), output(stand)
     job = submit(cluster, stand, "steps=1", "name=endless", "fail=75", requeue=2)
     assert cluster.ended(job)["Restarts"] == "2" and "enough" in output(stand)
 
@@ -162,3 +169,54 @@ def test_status_and_mistakes(cluster, stand):
     assert "seen" in launch(cluster, stand, "nobody", command="logs", ok=False)
     launch(cluster, stand, job, command="cancel")
     assert "invalid partition" in launch(cluster, stand, "steps=1", partition="nowhere", ok=False)
+
+
+# ---------------------------------------------------------------- the trainer itself
+
+TINY = ["questions=4", "generations=4", "micro_tokens=400", "eval.batch=16", "data.train.count=64",
+        "data.eval.count=16", "model.tiny.warm_start.steps=5", "model.tiny.build.audio_hidden=64", "max_tokens=16",
+        "tracking=none", "eval.every=100"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder of jobs of the real trainer; the tiny model is made once, by whoever comes first."""
+    return tmp_path_factory.mktemp("trainer")
+
+
+def weights(folder) -> str:
+    """Hash of the adapter of a run's last checkpoint."""
+    last = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    return hashlib.sha256((last / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def steps_of(folder) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_zero3_over_two_nodes(cluster, home):
+    job = submit(cluster, home, *TINY, "engine=zero3", "steps=2", "name=zero3", nodes=2)
+    assert cluster.ended(job, 300)["JobState"] == "COMPLETED", output(home)
+    facts = json.loads((home / "outputs" / "zero3" / "provenance.json").read_text())
+    assert facts["ranks"] == 2 and steps_of(home / "outputs" / "zero3") == [0, 1, 2]
+
+
+def test_a_sweep_is_an_array_of_jobs_with_a_limit(cluster, home, tmp_path):
+    pytest.importorskip("submitit", reason="pip install hydra-submitit-launcher (the extra slurm)")
+    site = tmp_path / "two.yaml"
+    site.write_text("gpus_per_node: 0\nranks_per_node: 1\ncpus_per_rank: 1\ntime: '00:20:00'\njobs: 2\n")
+    env = cluster.env | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "CLUSTER": str(site)}
+    command = [sys.executable, "-m", "grpo.train", "-m", "hydra/launcher=slurm", "name=six", *TINY, "steps=1",
+               "seed=0,1,2", "loss=grpo,dapo"]  # fmt: skip
+    sweep = subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    most, tasks = 0, set()
+    while sweep.poll() is None:
+        rows = cluster.run("squeue", "-h", "-r", "-t", "RUNNING,COMPLETING", "-o", "%i %t").splitlines()
+        most, tasks = max(most, len([r for r in rows if r.endswith(" R")])), tasks | {r.split()[0] for r in rows}
+        time.sleep(0.1)
+    said = sweep.stdout.read()
+    logs = "".join(p.read_text()[-2000:] for p in (home / "multirun" / "six").glob(".submitit/**/*.out"))
+    assert sweep.returncode == 0, said[-3000:] + logs
+    assert most == 2 and len(tasks) == 6 and len({t.split("_")[0] for t in tasks}) == 1, tasks
+    runs = sorted(p.parent.name for p in (home / "multirun" / "six").glob("*/summary.json"))
+    assert runs == sorted(f"loss={loss},seed={seed}" for seed in (0, 1, 2) for loss in ("grpo", "dapo")), said
