@@ -201,6 +201,37 @@ def test_zero3_over_two_nodes(cluster, home):
     assert facts["ranks"] == 2 and steps_of(home / "outputs" / "zero3") == [0, 1, 2]
 
 
+@pytest.fixture(scope="module")
+def calm(cluster, home):
+    """Weights at the end of an undisturbed run of six steps."""
+    job = submit(cluster, home, *TINY, "steps=6", "checkpoint.every=1", "name=undisturbed")
+    assert cluster.ended(job, 400)["JobState"] == "COMPLETED", output(home)
+    return weights(home / "outputs" / "undisturbed")
+
+
+@pytest.mark.parametrize("how", ["signal", "requeue", "preempted", "lost"])
+def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(cluster, home, calm, how):
+    run = home / "outputs" / how
+    job = submit(cluster, home, *TINY, "steps=6", "checkpoint.every=1", f"name={how}", nodes=1, sbatch="[--exclusive]")
+    cluster.until(lambda: (run / "checkpoints" / "step-000002").exists(), 300, f"second step of {how}")
+    if how == "signal":  # as before a time limit, which SLURM counts in minutes
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+    elif how == "requeue":
+        cluster.run("scontrol", "requeue", job)
+    elif how == "preempted":
+        options = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+        assert cluster.ended(cluster.run("sbatch", "--parsable", *options).strip())["JobState"] == "COMPLETED"
+    else:
+        node = cluster.job(job)["NodeList"]
+        cluster.kill(node)
+        cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+        cluster.start(node)
+        cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", ok=False)
+    end = cluster.ended(job, 400)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), output(home)
+    assert weights(run) == calm and steps_of(run) == list(range(7))
+
+
 def test_a_sweep_is_an_array_of_jobs_with_a_limit(cluster, home, tmp_path):
     pytest.importorskip("submitit", reason="pip install hydra-submitit-launcher (the extra slurm)")
     site = tmp_path / "two.yaml"
