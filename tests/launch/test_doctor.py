@@ -126,6 +126,7 @@ def test_slurm_and_the_hub(tmp_path):
     assert doctor.check_hub(env).state == "ok" and "Qwen/Qwen2.5-Omni-7B" in doctor.check_hub(env).said
 
 
+@pytest.mark.slow  # two processes import torch
 def test_the_whole_of_it(tmp_path):
     command = [sys.executable, "-m", "launch.doctor", "--json", f"--runs={tmp_path}", f"--cache={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

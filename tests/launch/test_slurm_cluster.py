@@ -5,6 +5,7 @@ the end need the whole trainer.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -199,6 +200,24 @@ def test_zero3_over_two_nodes(cluster, home):
     assert cluster.ended(job, 300)["JobState"] == "COMPLETED", output(home)
     facts = json.loads((home / "outputs" / "zero3" / "provenance.json").read_text())
     assert facts["ranks"] == 2 and steps_of(home / "outputs" / "zero3") == [0, 1, 2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_servers_on_a_node_of_their_own(cluster, home):
+    words = ["rollout=vllm_server", "rollout.max_model_len=512", "rollout.kv_cache_gib=0.1", "steps=1", "name=served"]
+    job = submit(cluster, home, *TINY, *words, nodes=1, serve_nodes=1)
+    assert cluster.ended(job, 500)["JobState"] == "COMPLETED", output(home)
+    assert "serving " in output(home) and steps_of(home / "outputs" / "served") == [0, 1]
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(home) in reading(p) and "vllm" in reading(p)]
+    saved = (home / "outputs" / "served" / "config.yaml").read_text()
+    assert "token" not in saved.lower().replace("tokens", "") and "start: false" in saved
+
+
+def reading(path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 @pytest.fixture(scope="module")
