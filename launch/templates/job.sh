@@ -8,7 +8,11 @@ set -uo pipefail
 say() { echo "[$(date +%T)] job ${SLURM_JOB_ID}.${SLURM_RESTART_COUNT:-0}: $*"; }
 
 told=0 step=
-tell() { told=$((told + 1)); say "told by $1 to stop"; if [[ $step ]]; then kill -USR1 "$step" 2> /dev/null; fi; }
+tell() {  # passed on once: a run that is told again, and much later, ends without its checkpoint
+    told=$((told + 1))
+    say "told by $1 to stop"
+    if ((told == 1)) && [[ $step ]]; then kill -USR1 "$step" 2> /dev/null; fi
+}
 trap 'tell USR1' USR1  # the time limit comes: --signal above
 trap 'tell USR2' USR2
 trap 'tell TERM' TERM  # pre-emption, scancel
@@ -46,6 +50,7 @@ export MASTER_ADDR MASTER_PORT=$port
 @SERVERS@
 
 # ---- the ranks: srun starts them and passes signals on; one that ends takes the others with it within a minute
+if ((told)); then finish 75; fi
 say "@NODES@ node(s) x @RANKS@ rank(s) on $(comma "${nodes[@]}")"
 srun --mpi=none --kill-on-bad-exit=0 --wait=60 --nodes=@NODES@ --nodelist="$(comma "${nodes[@]:0:@NODES@}")" \
     --ntasks=@NTASKS@ --ntasks-per-node=@RANKS@ --cpus-per-task=@CPUS@ \
