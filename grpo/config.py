@@ -259,6 +259,8 @@ def composition_error(error: Exception, main: str = "train") -> str:
         return f"{group}={name}: there is no such choice; {group} can be {', '.join(sorted(error.options))}"
     text = " ".join(str(error).split()).split(" full_key:")[0]
     text = text.removeprefix("ConfigError raised while resolving interpolation: ")
+    if "'hydra/launcher/submitit_slurm'" in text:
+        return "hydra/launcher=slurm needs the package hydra-submitit-launcher: make setup brings it"
     if missing := re.fullmatch(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]} must be given: {missing[1]}=VALUE"
     if key := re.search(r"Could not override '([^']+)'", text):

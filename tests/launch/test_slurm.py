@@ -1,5 +1,6 @@
 """What is submitted: the script word for word, a cluster's settings, mistakes, words that a shell would like to run."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -198,6 +199,13 @@ def test_a_config_that_does_not_compose_is_refused_before_it_waits_in_a_queue():
 def test_without_slurm_the_error_says_so(tmp_path):
     done = command("status", PATH=str(tmp_path))
     assert done.returncode and "squeue is not on PATH" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("submitit") is not None, reason="submitit is installed")
+def test_without_submitit_a_sweep_says_what_is_missing(tmp_path):
+    line = [sys.executable, "-m", "grpo.train", "-m", "hydra/launcher=slurm", "seed=0,1"]
+    done = subprocess.run(line, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode and done.stderr.startswith("error: hydra/launcher=slurm needs the package hydra-submitit")
 
 
 def test_a_sweep_takes_the_same_settings(monkeypatch, tmp_path):
