@@ -204,7 +204,9 @@ def test_without_slurm_the_error_says_so(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("submitit") is not None, reason="submitit is installed")
 def test_without_submitit_a_sweep_says_what_is_missing(tmp_path):
     line = [sys.executable, "-m", "grpo.train", "-m", "hydra/launcher=slurm", "seed=0,1"]
-    done = subprocess.run(line, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        line, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert done.returncode and done.stderr.startswith("error: hydra/launcher=slurm needs the package hydra-submitit")
 
 
