@@ -140,20 +140,12 @@ class Cluster:
         return self.job(number)["JobState"]
 
     def ended(self, number: str, seconds: float = 180) -> dict[str, str]:
-        """Wait for the end of a job, however often it is queued again (which then need not wait for its time)."""
-        seen = []
+        """Wait for the end of a job, however often it is queued again.
 
-        def over() -> bool:
-            job = self.job(number)
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
-                self.run("scontrol", "update", f"JobId={number}", "StartTime=now", ok=False)
-            if job["JobState"] not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
-                seen.clear()
-            else:  # a job on its way back to the queue says FAILED for a moment
-                seen.append(time.monotonic())
-            return bool(seen) and seen[-1] - seen[0] > 3
-
-        self.until(over, seconds, f"the end of job {number}")
+        That takes SLURM some seconds (cred_expire). To hurry it with StartTime=now kills the job: credential revoked.
+        """
+        end = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.until(lambda: self.state(number) in end, seconds, f"the end of job {number}")
         return self.job(number)
 
     def until(self, true, seconds: float, what: str) -> None:
