@@ -251,22 +251,45 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(cluster,
     assert weights(run) == calm and steps_of(run) == list(range(7))
 
 
-def test_a_sweep_is_an_array_of_jobs_with_a_limit(cluster, home, tmp_path):
+def sweep(cluster, home, tmp_path, *words):
+    """`python -m grpo.train -m hydra/launcher=slurm` on the CPU cluster, two jobs at a time; a process that waits."""
     pytest.importorskip("submitit", reason="pip install hydra-submitit-launcher (the extra slurm)")
     site = tmp_path / "two.yaml"
     site.write_text("gpus_per_node: 0\nranks_per_node: 1\ncpus_per_rank: 1\ntime: '00:20:00'\njobs: 2\n")
     env = cluster.env | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "CLUSTER": str(site)}
-    command = [sys.executable, "-m", "grpo.train", "-m", "hydra/launcher=slurm", "name=six", *TINY, "steps=1",
-               "seed=0,1,2", "loss=grpo,dapo"]  # fmt: skip
-    sweep = subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    most, tasks = 0, set()
-    while sweep.poll() is None:
+    line = [sys.executable, "-m", "grpo.train", "-m", "hydra/launcher=slurm", *TINY, *words]
+    return subprocess.Popen(line, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def said_by(process, folder) -> str:
+    logs = [p.read_text()[-2000:] for p in folder.glob(".submitit/**/*.out")]
+    return process.stdout.read()[-3000:] + "".join(logs)
+
+
+def test_a_sweep_is_an_array_of_jobs_with_a_limit(cluster, home, tmp_path):
+    process = sweep(cluster, home, tmp_path, "name=six", "steps=1", "seed=0,1,2", "loss=grpo,dapo")
+    most, tasks, folder = 0, set(), home / "multirun" / "six"
+    while process.poll() is None:
         rows = cluster.run("squeue", "-h", "-r", "-t", "RUNNING,COMPLETING", "-o", "%i %t").splitlines()
         most, tasks = max(most, len([r for r in rows if r.endswith(" R")])), tasks | {r.split()[0] for r in rows}
         time.sleep(0.1)
-    said = sweep.stdout.read()
-    logs = "".join(p.read_text()[-2000:] for p in (home / "multirun" / "six").glob(".submitit/**/*.out"))
-    assert sweep.returncode == 0, said[-3000:] + logs
+    assert process.returncode == 0, said_by(process, folder)
     assert most == 2 and len(tasks) == 6 and len({t.split("_")[0] for t in tasks}) == 1, tasks
-    runs = sorted(p.parent.name for p in (home / "multirun" / "six").glob("*/summary.json"))
-    assert runs == sorted(f"loss={loss},seed={seed}" for seed in (0, 1, 2) for loss in ("grpo", "dapo")), said
+    runs = sorted(p.parent.name for p in folder.glob("*/summary.json"))
+    assert runs == sorted(f"loss={loss},seed={seed}" for seed in (0, 1, 2) for loss in ("grpo", "dapo"))
+
+
+def test_jobs_of_a_sweep_that_are_told_to_stop_go_on(cluster, home, calm, tmp_path):
+    """USR2, by which submitit announces the time limit, and TERM, by which SLURM announces a pre-emption."""
+    process = sweep(cluster, home, tmp_path, "name=two", "steps=6", "checkpoint.every=1", "loss=grpo,dapo")
+    folder = home / "multirun" / "two"
+    for number, (loss, how) in enumerate({"grpo": "USR2", "dapo": "TERM"}.items()):
+        run = folder / f"loss={loss}"
+        cluster.until(lambda run=run: (run / "checkpoints" / "step-000002").exists(), 300, f"second step of {loss}")
+        array = cluster.run("squeue", "-h", "-o", "%F").split()[0]
+        cluster.run("scancel", f"--signal={how}", f"{array}_{number}")
+    process.wait(400)
+    assert process.returncode == 0, said_by(process, folder)
+    assert {cluster.job(f"{array}_{i}")["Restarts"] for i in (0, 1)} == {"1"}, said_by(process, folder)
+    assert weights(folder / "loss=grpo") == calm
+    assert steps_of(folder / "loss=grpo") == steps_of(folder / "loss=dapo") == list(range(7))
