@@ -134,7 +134,7 @@ def quote(*words: str) -> str:
 
 
 def job_name(kind: str, words: Sequence[str]) -> str:
-    return value_of("name", words) or value_of("experiment", words) or kind
+    return value_of("name", words) or (value_of("experiment", words) or kind).replace("/", "-")
 
 
 def serving(site: Site, words: Sequence[str]) -> list[str]:

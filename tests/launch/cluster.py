@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -72,14 +73,13 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 class Cluster:
-    def __init__(self, folder: Path):
-        self.folder, self.env = folder, os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
+    def __init__(self):
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's, which root alone enters
+        self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
         user, munge = pwd.getpwnam("munge"), folder / "munge"
-        for name in ("state/n1", "state/n2", "log", "run", "munge", "jobs"):
+        for name in ("state/n1", "state/n2", "log", "run", "munge"):
             (folder / name).mkdir(parents=True)
-        for parent in [munge, *munge.parents][:-1]:  # munged is not root, and wants to reach its socket
-            if parent.stat().st_uid == 0 and parent != Path("/tmp"):
-                parent.chmod(parent.stat().st_mode | 0o055)
+        folder.chmod(0o755)  # munged is not root, and wants to reach its socket
         (munge / "key").write_bytes(os.urandom(1024))
         (munge / "key").chmod(0o600)
         for path in (munge, munge / "key"):
@@ -152,8 +152,8 @@ class Cluster:
         end = time.monotonic() + seconds
         while not true():
             if time.monotonic() > end:
-                logs = "".join(p.read_text()[-3000:] for p in sorted(self.folder.rglob("*.out")))
-                raise AssertionError(f"no {what} within {seconds:g} s\n{self.run('squeue', ok=False)}{logs}")
+                log = (self.folder / "log" / "slurmctld.log").read_text()[-2000:]
+                raise AssertionError(f"no {what} within {seconds:g} s\n{self.run('squeue', ok=False)}{log}")
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -165,6 +165,7 @@ class Cluster:
                 end = time.monotonic() + 10
                 while time.monotonic() < end and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
                     time.sleep(0.1)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def free_ports(count: int) -> list[int]:

@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(missing() 
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+def cluster():
+    cluster = Cluster()
     try:
         yield cluster
     finally:
