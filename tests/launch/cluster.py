@@ -157,7 +157,10 @@ class Cluster:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        self.run("scancel", "--user=root", "--signal=KILL", "--full", ok=False)
+        self.run("scancel", "--user=root", "--full", "--signal=KILL", ok=False)
+        self.run("scancel", "--user=root", ok=False)
+        with contextlib.suppress(AssertionError):  # a slurmd waits for its jobs
+            self.until(lambda: not self.run("squeue", "-h", ok=False), 30, "end of all jobs")
         for name in ("run/n1.pid", "run/n2.pid", "run/slurmctld.pid", "munge/munged.pid"):
             with contextlib.suppress(OSError, ValueError):
                 pid = int((self.folder / name).read_text())
