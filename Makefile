@@ -2,6 +2,7 @@
 #     make train rollout=vllm seed=1 data.audio=silent
 # EXPERIMENT=name  DRY=1  NPROC=2 (processes)  ARGS='-m seed=0,1,2' (whatever make cannot read)
 # MODEL=folder (serve, demo)    EXTRA=cpu|gpu    PYTHON=python3.11    TESTS=tests/grpo    UV=uv
+# CLUSTER=mine (conf/cluster/mine.yaml)    SLURM='nodes=2 time=02:00:00' (its keys, for once)    JOB=name or number
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -30,7 +31,7 @@ export TORCHDYNAMO_DISABLE = $(if $(filter gpu,$(file < $(STAMP))),0,1)
 
 # The overrides: MAKEOVERRIDES has their names (the last one first), $(value) their text as it
 # was typed, which goes on in single quotes. No variable here has a name in small letters, which an override might take.
-OURS     := ARGS DRY EXPERIMENT EXTRA MODEL NPROC PYTHON TESTS UV VENV OMP_NUM_THREADS PYTHONWARNINGS TOKENIZERS_PARALLELISM
+OURS     := ARGS CLUSTER DRY EXPERIMENT EXTRA JOB MODEL NPROC PYTHON SLURM TESTS UV VENV OMP_NUM_THREADS PYTHONWARNINGS TOKENIZERS_PARALLELISM
 REVERSED  = $(if $(1),$(call REVERSED,$(wordlist 2,$(words $(1)),$(1))) $(firstword $(1)))
 GIVEN    := $(foreach W,$(call REVERSED,$(MAKEOVERRIDES)),$(if $(findstring =,$(W)),$(firstword $(subst =, ,$(W)))))
 GIVEN    := $(foreach W,$(GIVEN),$(if $(filter command,$(firstword $(origin $(W)))),$(W)))
@@ -41,10 +42,13 @@ HYDRA     = $(foreach W,$(filter-out $(CAPITALS),$(GIVEN)),'$(subst ','\'',$(W)=
 
 RUN = $(BIN)/python $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=$(NPROC) )-m
 
-.PHONY: help setup train plan audit serve demo test bench bench-gpu docs lint format lock clean FORCE
+# Where jobs go: the words of SLURM, each as --set KEY=VALUE.
+SITE = $(if $(CLUSTER), --cluster '$(CLUSTER)')$(foreach W,$(SLURM), --set '$(W)')
+
+.PHONY: help setup train plan audit serve demo test bench bench-gpu docs lint format lock clean fetch doctor test-slurm slurm-train slurm-sweep slurm-eval slurm-status slurm-cancel slurm-logs FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv from the lock file; does nothing when it is up to date
 
@@ -71,6 +75,34 @@ demo: $(STAMP) ## a web page to ask a model about a clip; MODEL=OUT, else the ne
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP) ## run the tests; TESTS=tests/grpo runs some
 	$(BIN)/python -m pytest -q -rs --durations=10 -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(TESTS)
+
+slurm-train: $(STAMP) ## train on a cluster: CLUSTER=mine SLURM='nodes=2' EXPERIMENT=name; DRY=1 prints what would be submitted
+	@$(BIN)/python -m launch.slurm train$(SITE)$(if $(DRY), --dry)$(if $(ARGS), $(ARGS))$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(HYDRA), $(HYDRA))
+
+slurm-sweep: $(STAMP) ## a run for each combination, as an array of jobs: make slurm-sweep CLUSTER=mine ARGS='seed=0,1,2'
+	$(if $(CLUSTER),CLUSTER='$(CLUSTER)' )$(BIN)/python -m grpo.train -m hydra/launcher=slurm$(if $(ARGS), $(ARGS))$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(HYDRA), $(HYDRA))
+
+slurm-eval: $(STAMP) ## grpo.evaluate on a cluster: make slurm-eval CLUSTER=mine ARGS='model=outputs/mine bench=mmar'
+	@$(BIN)/python -m launch.slurm eval$(SITE)$(if $(DRY), --dry)$(if $(ARGS), $(ARGS))$(if $(HYDRA), $(HYDRA))
+
+slurm-status: $(STAMP) ## your jobs, and how far their runs are; JOB=name or number
+	@$(BIN)/python -m launch.slurm status$(SITE)$(if $(JOB), '$(JOB)')
+
+slurm-cancel: $(STAMP) ## end a job: make slurm-cancel JOB=name or number
+	@$(BIN)/python -m launch.slurm cancel$(SITE) '$(or $(JOB),$(error make slurm-cancel JOB=name or number))'
+
+slurm-logs: $(STAMP) ## the output of a job: make slurm-logs JOB=name or number; ARGS=-f follows it
+	@$(BIN)/python -m launch.slurm logs$(SITE)$(if $(ARGS), $(ARGS)) '$(or $(JOB),$(error make slurm-logs JOB=name or number))'
+
+fetch: $(STAMP) ## before a job without network: the model of EXPERIMENT=name into the cache, and is its data there?
+	$(BIN)/python -m grpo.fetch$(if $(ARGS), $(ARGS))$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(HYDRA), $(HYDRA))
+
+doctor: ## is this machine fit? versions, GPUs, network, memory, disk; also on a node: srun make doctor
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m launch.doctor$(if $(ARGS), $(ARGS))
+
+test-slurm: export HF_HUB_OFFLINE = 1
+test-slurm: $(STAMP) ## a real two-node SLURM on this machine (Debian's slurm-wlm and munge; root), and jobs on it
+	$(BIN)/python -m pytest -q -rs --durations=10 -m slurm tests/launch/test_slurm_cluster.py
 
 bench: $(STAMP) ## claims of docs/performance.md, measured here; ARGS=engines: whole runs of each rollout engine
 	$(BIN)/python -m grpo.bench $(ARGS) $(HYDRA)

@@ -60,6 +60,8 @@ class Settings:
     eval_batch: int
     eval_questions: int | None  # asked at each evaluation, of the held-out and of each benchmark; null: all
     checkpoint_every: int
+    checkpoint_keep: int  # so many of the last ones stay, and the best
+    checkpoint_grace: float  # seconds from a signal to the end, whatever the run is at
     log_every: int
     samples_every: int
     encoded: int  # questions whose features stay in memory
@@ -76,11 +78,13 @@ class Settings:
 
     def __post_init__(self):
         for name in ("questions", "generations", "updates", "max_tokens", "think_words",
-                     "eval_every", "eval_batch", "checkpoint_every", "log_every", "samples_every",
+                     "eval_every", "eval_batch", "checkpoint_every", "checkpoint_keep", "log_every", "samples_every",
                      "dynamic_sampling_rounds"):  # fmt: skip
             if getattr(self, name) < 1:
-                key = name.replace("_every", ".every").replace("_rounds", ".rounds")
+                key = re.sub("_(every|keep|rounds)", r".\1", name)
                 raise ConfigError(f"{key} must be at least 1, got {getattr(self, name)}")
+        if self.checkpoint_grace <= 0:
+            raise ConfigError(f"checkpoint.grace must be above 0 seconds, got {self.checkpoint_grace:g}")
         if self.micro_tokens is not None and self.micro_tokens < 1:
             raise ConfigError(f"micro_tokens must be at least 1, or null, got {self.micro_tokens}")
         if self.reference_every is not None and self.reference_every < 1:
@@ -255,6 +259,8 @@ def composition_error(error: Exception, main: str = "train") -> str:
         return f"{group}={name}: there is no such choice; {group} can be {', '.join(sorted(error.options))}"
     text = " ".join(str(error).split()).split(" full_key:")[0]
     text = text.removeprefix("ConfigError raised while resolving interpolation: ")
+    if "'hydra/launcher/submitit_slurm'" in text:
+        return "hydra/launcher=slurm needs the package hydra-submitit-launcher: make setup brings it"
     if missing := re.fullmatch(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]} must be given: {missing[1]}=VALUE"
     if key := re.search(r"Could not override '([^']+)'", text):

@@ -36,6 +36,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from grpo.config import FREE_ON_RESUME
 from grpo.optuna_sweep import OptunaSweeper
+from launch.slurm import sweep
 
 CALM = 0.2  # seconds between two looks at the running jobs
 
@@ -230,7 +231,8 @@ _OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra/launcher", "hydra.launcher"
 
 
 def register() -> None:
-    """Make hydra/launcher=local and hydra/sweeper=optuna known; before hydra.main."""
+    """Make hydra/launcher=local and slurm and hydra/sweeper=optuna known; before hydra.main."""
+    OmegaConf.register_new_resolver("site", sweep, replace=True)  # the values of hydra/launcher=slurm
     for plugin, home in ((LocalLauncher, __name__), (OptunaSweeper, "grpo.optuna_sweep")):
         Plugins.instance().register(plugin)
         # Hydra also imports a plugin by its name. There may be no package of that name at all.
@@ -248,11 +250,11 @@ def result(folder: Path, name: str = "accuracy/final") -> float | None:
 
 def todo(cfg: DictConfig, folder: Path) -> DictConfig | None:
     """What is left of a multirun's job in `folder`: its config with `resume` set to whether there is a checkpoint to go
-    on from, or None when it is finished. Without resume=true everything is left.
+    on from, or None when it is finished. Without resume=true everything is left, unless SLURM queued the job again.
 
     Raises ValueError when the finished run had another config: its result is not this job's.
     """
-    if not cfg.get("resume"):
+    if not cfg.get("resume") and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
         return cfg
     summary = _read(folder / "summary.json")
     begun = (folder / "checkpoints" / "last.json").exists()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from data.audio import ClipError
@@ -94,9 +95,10 @@ def predict(questions: Sequence[Question], encode: Callable, rollout: Rollout, *
 
 
 def heldout_accuracy(questions: Sequence[Question], encode: Callable, rollout: Rollout, engine, *, max_tokens: int,
-                     batch: int = 64) -> float:  # fmt: skip
+                     batch: int = 64, waiting: Callable = nullcontext) -> float:  # fmt: skip
     """Share of `questions` answered rightly, greedily; ranks share the work. Every question stays in the denominator.
 
+    `waiting` makes the context in which this rank alone waits for its answers.
     Raises RolloutError on all ranks if one of them got no answers.
     """
 
@@ -105,7 +107,8 @@ def heldout_accuracy(questions: Sequence[Question], encode: Callable, rollout: R
         # All ranks ask equally many: where an engine uses the trainer's partitioned weights, each needs the others.
         filler = [questions[0]] * (-(-len(questions) // engine.world) - len(mine))
         sampling = Sampling(max_tokens=max_tokens, greedy=True)
-        answers = list(predict([*mine, *filler], encode, rollout, sampling=sampling, batch=batch))
+        with waiting():
+            answers = list(predict([*mine, *filler], encode, rollout, sampling=sampling, batch=batch))
         return float(sum(a.right for a in answers[: len(mine)]))
 
     right = engine.together(count, RolloutError)

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +39,7 @@ from grpo.config import (
     settings,
 )
 from grpo.display import Display
-from grpo.engine import Engine, start_distributed, zero_config
+from grpo.engine import Engine, start_distributed, stop_distributed, zero_config
 from grpo.loading import Loader
 from grpo.loss.formula import describe
 from grpo.policy import Policy
@@ -48,6 +48,7 @@ from grpo.report import closing_lines, curves
 from grpo.report.curves import read_metrics
 from grpo.rollout import RolloutError
 from grpo.rollout.lag import Rollouts
+from grpo.signals import STOPPING
 from grpo.sync.names import SyncError
 from grpo.tracking import NoTracker, RunLog
 from rewards.weighted import RewardError
@@ -140,7 +141,7 @@ class Run:
         except BaseException:
             self.rollout.close()
             raise
-        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.checkpoints = Checkpoints(folder / "checkpoints", s.checkpoint_keep)
         self.clock = Clock()
         self.encode = Loader(self._encode, keep=s.encoded, workers=s.workers)
         self.version = self.tokens = 0
@@ -167,13 +168,21 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Greedy accuracy on the held-out questions, and on the benchmarks of `bench` where there are any."""
         score = partial(heldout_accuracy, rollout=self.rollout, engine=self.engine,
-                        max_tokens=self.settings.max_tokens, batch=self.settings.eval_batch)  # fmt: skip
+                        max_tokens=self.settings.max_tokens, batch=self.settings.eval_batch,
+                        waiting=self.waiting)  # fmt: skip
         with self.clock("evaluate"):
             scores = {"accuracy/heldout": score(self.heldout, self.encode)}
             for bench in self.benchmarks:
                 asked = spread(bench.questions, self.settings.eval_questions)
                 scores[f"bench/{bench.name}"] = score(asked, partial(self._encode_for, bench))
             return scores
+
+    def waiting(self):
+        """Context in which this rank waits for the rollout engine, and need not when it is asked to stop.
+
+        An engine on the trainer's own weights is waited for: under ZeRO-3 the other ranks would miss this one.
+        """
+        return STOPPING.waiting(RolloutError) if hasattr(self.rollout, "every_rank") else nullcontext()
 
     def header(self) -> str:
         """The first lines of a run: exactly what is optimised, on what, by which weights."""
@@ -201,28 +210,31 @@ class Run:
 
     # ---------------------------------------------------------------- the whole run
 
-    def train(self) -> dict:
-        """Train to `steps` (or `stop_at`) and return the summary."""
+    def train(self) -> dict | None:
+        """Train to `steps` (or `stop_at`) and return the summary; None when a signal ended it before."""
         try:
-            return self._train()
+            summary = self._train()
         finally:
             self.display.stop()
             self.rollout.close()
             self.encode.close()
+        stop_distributed()
+        return summary
 
-    def _train(self) -> dict:
+    def _train(self) -> dict | None:
         s, show = self.settings, self.display
         self.began = time.perf_counter()
         show.say(self.header())
         state = self._restore() if s.resume else None
-        if state is None and (self.folder / "metrics.jsonl").exists():
+        if state is None and not s.resume and (self.folder / "metrics.jsonl").exists():
             raise ConfigError(
                 f"{self.folder} already holds a run: choose another name=, or continue it with resume=true"
             )
         first = state["step"] if state else 0
         tracker = build(self.cfg.tracking, "tracking") if self.rank == 0 else NoTracker()
         tracker.start(self.folder, OmegaConf.to_container(self.cfg, resolve=True), self.folder.name)
-        log = RunLog(self.folder, tracker, first if state else -1) if self.rank == 0 else None
+        kept = -1 if state is None else first - bool(state.get("unfinished"))  # its lines are written again
+        log = RunLog(self.folder, tracker, kept) if self.rank == 0 else None
         if state is None:
             about = facts(self.dataset, self.policy) | {"device": device_name(), "ranks": self.world}
             write_provenance(self.cfg, self.folder, about, self.rank)
@@ -238,32 +250,55 @@ class Run:
         # `done`: what a step trained, until it is synced, evaluated and logged
         trained, done, tokens = first, state.pop("unfinished", None), self.tokens
         finish = partial(self._finish, state=state, log=log, end=end)
+        STOPPING.training(s.checkpoint_grace)
         try:
             if done:
                 finish(trained, **done, groups=[])
+                done = None
+            stop = self._asked_to_stop()
             with profile.traced(s.traced_steps * (self.rank == 0), self.folder, show.say) as tick:
-                while trained < end:
+                while trained < end and not stop:
                     done, tokens = None, self.tokens
                     metrics, rows, groups = loop.step(self, trained)
                     trained, done = trained + 1, {"metrics": metrics, "rows": self.engine.gather(rows)}
-                    finish(trained, **done, groups=groups, tokens=self.tokens - tokens)
-                    tick()
+                    if not (stop := self._asked_to_stop()):
+                        finish(trained, **done, groups=groups, tokens=self.tokens - tokens)
+                        done, stop = None, trained < end and self._asked_to_stop()
+                        tick()
         except (RolloutError, SyncError, RewardError, FloatingPointError) as error:
-            if trained == 0:
+            stop = self._asked_to_stop()
+            if trained == 0 and not stop:
                 raise RunError(str(error)) from error
             if done is None:  # the step will be made anew
                 self.tokens = tokens
-            left = state | self._progress() | {"unfinished": done}
-            self.checkpoints.save(trained, self.policy, self.engine, left, best=False)
-            raise RunError(f"{error}\nThe checkpoint of step {trained} is written: when the cause is mended, go on "
+            self._leave(trained, state, done)
+            if not stop:
+                raise RunError(f"{error}\nThe checkpoint of step {trained} is written: when the cause is mended, go on "
                                f"with name={self.folder.name} resume=true") from error  # fmt: skip
+        else:
+            if stop:
+                self._leave(trained, state, done)
         show.stop()
+        if stop:
+            show.say(f"stopped   by {STOPPING.name} after step {trained}: go on with name={self.folder.name} "
+                     f"resume=true")  # fmt: skip
+            return log.close() if log else None
         summary = self._summary(state, end)
         if self.rank == 0:
             log.summary(summary)
             curves(self.folder)
             show.say(closing_lines(summary, self.folder))
         return summary
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was. Every rank calls: all stop at the same place."""
+        return bool(self.engine.reduce({"asked": float(bool(STOPPING))}, "max")["asked"])
+
+    def _leave(self, step: int, state: Mapping, unfinished: Mapping | None) -> None:
+        """Write what a resumed run needs to go on after `step`; `unfinished` is what that step has yet to log."""
+        if step:  # else nothing was trained
+            left = state | self._progress() | {"unfinished": unfinished}
+            self.checkpoints.save(step, self.policy, self.engine, left, best=False)
 
     def _finish(self, step: int, *, metrics: Mapping, rows: list[dict], groups: Sequence[Group], state: dict,
                 log: RunLog | None, end: int, tokens: int | None = None) -> None:  # fmt: skip
@@ -282,9 +317,6 @@ class Run:
         state["completions"] += s.questions * s.generations * int(metrics.get("dynamic_sampling/rounds", 1))
         metrics |= {"num_tokens": self.tokens, "epoch": self.sampler.epoch(step),
                     "quarantined": len(self.quarantined)}  # fmt: skip
-        if best or step == end or step % s.checkpoint_every == 0:
-            with self.clock("checkpoint"):
-                self.checkpoints.save(step, self.policy, self.engine, state | self._progress(), best=best)
         times = self.clock.take()
         metrics |= times | {"step_time": sum(times.values())}
         if tokens is not None:
@@ -296,6 +328,12 @@ class Run:
                 self.display.samples(step, rows[: min(s.generations, 4)])
                 log.sample_table(step, rows[: s.generations])
             self.display.update(step, self._figures(metrics, state))
+        # Behind its lines, so that a run killed between has none of them missing. Its time counts to the next step.
+        if best or step == end or step % s.checkpoint_every == 0:
+            with self.clock("checkpoint"):
+                if self.rank == 0:
+                    log.sync()
+                self.checkpoints.save(step, self.policy, self.engine, state | self._progress(), best=best)
 
     def _figures(self, metrics: Mapping[str, float], state: Mapping) -> dict[str, float]:
         shown = {"reward": metrics["reward"], "right": metrics.get("rewards/accuracy/mean"),
@@ -315,10 +353,10 @@ class Run:
         return {"seconds": self.before["seconds"] + leg,
                 "device_seconds": self.before["device_seconds"] + leg * self.world}  # fmt: skip
 
-    def _restore(self) -> dict:
-        state = self.checkpoints.load(self.engine)
-        if state is None:
-            raise ConfigError(f"resume=true, but {self.folder} has no checkpoint to go on from")
+    def _restore(self) -> dict | None:
+        state = self.checkpoints.load(self.engine, self.display.say)
+        if state is None:  # so that one command line can be queued again and again
+            return self.display.say(f"resume=true, but {self.folder} has no checkpoint yet: it begins anew")
         saved = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
         mine = OmegaConf.to_container(self.cfg, resolve=True)
         for cfg in (saved, mine):

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.question import Question
+from grpo.signals import STOPPING, install
 from grpo.train import guard_packages
 
 FREE_ON_RESUME = set(
@@ -127,7 +128,7 @@ class Fine:
         self.sampler = Sampler(self.taught.questions, cfg.questions, cfg.seed, self.dataset.shuffle_options)
         self.heldout = spread(self.dataset.eval, cfg.eval.questions)
         self.steps = cfg.steps or max(1, round(cfg.epochs * len(self.taught.questions) / cfg.questions))
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.cfg.checkpoint.keep)
         self.encode = Loader(self._encode, keep=cfg.encoded, workers=cfg.workers)
         self.quarantined: dict[str, str] = {}
         self.tokens = 0
@@ -190,8 +191,8 @@ class Fine:
         return heldout_accuracy(self.heldout, self.encode, self.rollout, self.engine, max_tokens=self.cfg.max_tokens,
                                 batch=self.cfg.eval.batch)  # fmt: skip
 
-    def train(self) -> dict:
-        """To the end (or `stop_at`); returns the summary."""
+    def train(self) -> dict | None:
+        """To the end (or `stop_at`); returns the summary, None when a signal ended it before."""
         try:
             return self._train()
         finally:
@@ -211,7 +212,7 @@ class Fine:
                  f"step      {cfg.questions} questions, {self.steps} steps = "
                  f"{self.sampler.epoch(self.steps):.2f} epochs")  # fmt: skip
         state = self._restore() if cfg.resume else None
-        if state is None and (self.folder / "metrics.jsonl").exists():
+        if state is None and not cfg.resume and (self.folder / "metrics.jsonl").exists():
             raise ConfigError(
                 f"{self.folder} already holds a run: choose another name=, or continue it with resume=true"
             )
@@ -228,6 +229,7 @@ class Fine:
         show.say(f"held-out accuracy at the start: {state['accuracy/start']:.3f}")
         show.start("sft", self.steps, first)
         end = min(self.steps, cfg.stop_at or self.steps)
+        STOPPING.training(cfg.checkpoint.grace)
         for step in range(first + 1, end + 1):
             clock = time.perf_counter()
             metrics = self.step(step - 1)
@@ -236,14 +238,18 @@ class Fine:
                 now = metrics["accuracy/heldout"] = self.evaluate()
                 best = now > state["accuracy/best"]
                 state |= {"accuracy/final": now, "accuracy/best": max(now, state["accuracy/best"])}
-            if best or step == end or step % cfg.checkpoint.every == 0:
-                kept = state | {"tokens": self.tokens, "quarantined": self.quarantined}
-                self.checkpoints.save(step, self.policy, self.engine, kept, best=best)
+            stop = bool(self.engine.reduce({"asked": float(bool(STOPPING))}, "max")["asked"])
             metrics |= {"num_tokens": self.tokens, "epoch": self.sampler.epoch(step),
                         "quarantined": len(self.quarantined), "step_time": time.perf_counter() - clock}  # fmt: skip
             if self.rank == 0:
                 log.metrics(step, metrics)
                 show.update(step, {"loss": metrics["loss"], "held-out": state["accuracy/final"]})
+            if best or stop or step == end or step % cfg.checkpoint.every == 0:
+                kept = state | {"tokens": self.tokens, "quarantined": self.quarantined}
+                self.checkpoints.save(step, self.policy, self.engine, kept, best=best)
+            if step < end and stop:
+                show.say(f"stopped   by {STOPPING.name} after step {step}: go on with resume=true")
+                return log.close() if log else None
         show.stop()
         summary = {k: state[k] for k in ("accuracy/start", "accuracy/final", "accuracy/best")} | {
             "accuracy/chance": sum(1 / len(q.choices) for q in self.heldout) / len(self.heldout),
@@ -258,12 +264,12 @@ class Fine:
                      f"python -m grpo.train model.path=OUT")  # fmt: skip
         return summary
 
-    def _restore(self) -> dict:
+    def _restore(self) -> dict | None:
         from grpo.config import ConfigError
 
-        state = self.checkpoints.load(self.engine)
+        state = self.checkpoints.load(self.engine, self.display.say)
         if state is None:
-            raise ConfigError(f"resume=true, but {self.folder} has no checkpoint to go on from")
+            return self.display.say(f"resume=true, but {self.folder} has no checkpoint yet: it begins anew")
         saved = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
         mine = OmegaConf.to_container(self.cfg, resolve=True)
         odd = [k for k in saved.keys() | mine.keys() if k not in FREE_ON_RESUME and saved.get(k) != mine.get(k)]
@@ -277,18 +283,19 @@ class Fine:
 
 @hydra.main(config_path="pkg://conf", config_name="sft", version_base="1.3")
 def run(cfg: DictConfig) -> float:
-    from grpo.config import ConfigError, check_targets
+    from grpo.config import ConfigError, RunError, check_targets
     from grpo.display import Display
     from grpo.engine import stop_distributed
 
+    stopping = install()
     display = Display(int(os.environ.get("RANK", 0)), cfg.log.every)
     try:
         OmegaConf.resolve(cfg)
         check_targets(cfg)
         summary = Fine(cfg, Path(HydraConfig.get().runtime.output_dir), display).train()
         stop_distributed()
-        return summary["accuracy/final"]
-    except ConfigError as error:
+        return summary["accuracy/final"] if summary else stopping.leave()
+    except (ConfigError, RunError) as error:
         display.stop()
         sys.exit(f"error: {error}")
 
@@ -296,7 +303,7 @@ def run(cfg: DictConfig) -> float:
 def main() -> None:
     from grpo.config import ConfigError, composition_error, run_name
 
-    guard_packages()
+    install(), guard_packages()
     OmegaConf.register_new_resolver("run_name", run_name)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:

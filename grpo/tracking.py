@@ -7,13 +7,16 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from grpo.checkpoint import write_json
-from grpo.config import ConfigError
+from grpo.checkpoint import sync, write_json
+from grpo.config import ConfigError, RunError
 
 
 class RunLog:
     """The files of one run. Step 0 is the state before training. On resume, lines of steps after `done` are dropped:
-    they will be written again. So is what says how the leg before ended: the run goes on."""
+    they will be written again. So is what says how the leg before ended: the run goes on.
+
+    What cannot be written raises RunError: a run whose numbers are lost is not worth its time.
+    """
 
     def __init__(self, folder: Path, tracker, done: int = -1):
         self.folder, self.tracker = Path(folder), tracker
@@ -37,9 +40,23 @@ class RunLog:
         write_json(self.folder / "summary.json", dict(values))
         self.tracker.finish(values)
 
+    def close(self) -> None:
+        """The run is not over, this leg of it is."""
+        self.tracker.finish({})
+
+    def sync(self) -> None:
+        """Wait until disk has all lines: what a checkpoint has behind it must not get lost with the machine."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.folder / name).exists():
+                sync(self.folder / name)
+
     def _append(self, name: str, row: Mapping) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_no_nan(row), ensure_ascii=False, allow_nan=False) + "\n")
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_no_nan(row), ensure_ascii=False, allow_nan=False) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.folder / name} cannot be written ({error.strerror}): make room, or let it be "
+                           f"written, and go on with resume=true") from error  # fmt: skip
 
     @staticmethod
     def _keep(path: Path, done: int) -> None:

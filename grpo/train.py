@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.multirun import register, result, todo
+from grpo.signals import install
 
 
 def guard_packages() -> None:
@@ -31,6 +32,7 @@ def guard_packages() -> None:
 
 @hydra.main(config_path="pkg://conf", config_name="train", version_base="1.3")
 def run(cfg: DictConfig) -> float | None:
+    stopping = install()  # anew: a launcher may have set handlers of its own
     # Imported here: --help and --cfg answer without waiting for torch.
     from grpo.config import ConfigError, RunError, check_targets
     from grpo.display import Display
@@ -48,12 +50,10 @@ def run(cfg: DictConfig) -> float | None:
             return dry_run(cfg, display)
         if one_of_many and (cfg := todo(cfg, folder)) is None:
             return display.say(f"{folder.name} is finished: nothing to do") or result(folder)
-        from grpo.engine import stop_distributed
         from grpo.run import Run
 
         summary = Run(cfg, folder, display).train()
-        stop_distributed()
-        return summary["accuracy/final"]  # what a sweeper (Optuna) looks at
+        return summary["accuracy/final"] if summary else stopping.leave()  # what a sweeper (Optuna) looks at
     except (ConfigError, RunError, RolloutError, SyncError) as error:
         display.stop()
         if one_of_many:
@@ -64,7 +64,7 @@ def run(cfg: DictConfig) -> float | None:
 def main() -> None:
     from grpo.config import ConfigError, composition_error, run_name
 
-    guard_packages()
+    install(), guard_packages()
     OmegaConf.register_new_resolver("run_name", run_name)
     register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's short form hides where a real fault was

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,18 +24,27 @@ from grpo.sync.names import OMNI
 
 
 def save_policy(policy, engine, folder: Path) -> None:
-    """Write the policy of this moment into `folder`, which is there on rank 0. Every rank must call."""
+    """Write the policy of this moment into `folder`, which is there on rank 0. Every rank must call.
+
+    Raises OSError or SafetensorError on rank 0, once the others have no need of it, where something cannot be written.
+    """
     if getattr(policy, "has_adapter", True):
         with engine.gathered():
             if engine.rank == 0:
                 policy.save_adapter(folder)
         return
     index: dict[str, str] = {}
+    failed: Exception | None = None
     for number, tensors in enumerate(_layers(policy, engine), start=1):
-        if engine.rank == 0:
+        if engine.rank == 0 and failed is None:
             file = f"model-{number:05d}.safetensors"
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                failed = error  # the other ranks still gather layers with this one
             index |= dict.fromkeys(tensors, file)
+    if failed is not None:
+        raise failed
     if engine.rank == 0:
         base = local(policy.path)
         if rest := _others(base, index):

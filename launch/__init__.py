@@ -1,1 +1,1 @@
-"""Set-up and launching. Standard library only: it must import on a login node without torch."""
+"""Set-up and launching. Standard library, and PyYAML in site.py: it must import on a login node without torch."""

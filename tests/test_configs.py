@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from grpo.config import ConfigError, build, build_objective, check_call, check_targets, check_type, run_name, settings
 
 CONF = Path(__file__).parents[1] / "conf"
-GROUPS = sorted(p.parent.name + "=" + p.stem for p in CONF.glob("*/*.yaml"))
+# conf/cluster is no part of a run's config: tests/launch/test_slurm.py reads each of them
+GROUPS = sorted(p.parent.name + "=" + p.stem for p in CONF.glob("*/*.yaml") if p.parent.name != "cluster")
 if not OmegaConf.has_resolver("run_name"):
     OmegaConf.register_new_resolver("run_name", run_name)
 

@@ -60,7 +60,9 @@ STDLIB = set(sys.stdlib_module_names)
         ("data/scoring.py", STDLIB),
         ("data/submission.py", STDLIB | {"data"}),
         ("rewards", STDLIB | {"rewards"}),
-        ("launch", STDLIB | {"launch"}),
+        ("launch", STDLIB | {"launch", "yaml"}),
+        ("launch/setup.py", STDLIB | {"launch"}),  # these two run where nothing is installed yet
+        ("launch/doctor.py", STDLIB),
         ("grpo/loss", STDLIB | {"torch", "grpo"}),
     ],
 )
@@ -104,6 +106,8 @@ def test_no_remote_code_and_no_pickles():
     ("statement", "absent"),
     [
         ("import rewards.weighted, launch, data.scoring", ["torch", "numpy"]),
+        ("import launch.slurm, launch.health", ["torch", "hydra", "omegaconf", "grpo"]),
+        ("import launch.doctor, launch.setup", ["torch", "yaml"]),
         ("import data.prepare", ["torch", "torchaudio", "pyarrow"]),
         ("import grpo.loss.objective", ["transformers", "deepspeed", "vllm", "hydra", "wandb"]),
         ("import grpo.train", ["torch", "transformers", "optuna"]),

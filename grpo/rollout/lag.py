@@ -100,7 +100,8 @@ class Rollouts:
             groups = Future()
             with run.clock("rollout"):
                 try:
-                    groups.set_result(run.rollout.generate(*arguments))
+                    with run.waiting():
+                        groups.set_result(run.rollout.generate(*arguments))
                 except RolloutError as error:
                     groups.set_exception(error)
         self.asked = Asked(step, questions, run.version, groups, earned)

@@ -41,6 +41,7 @@ from torch import Tensor
 from grpo.batch import Completion, Encoded, Group
 from grpo.rollout import Done, RolloutError, Sampling, check_prompt, group_seed, ignore, lora_rank, one_slot
 from grpo.rollout.serve import TOKEN, Launch, Process, ServerError, answers, choose_token, exchange_folder
+from grpo.signals import STOPPING
 from grpo.sync.broadcast import store as meeting_place
 
 logger = logging.getLogger(__name__)
@@ -455,15 +456,17 @@ class VLLMServer:
         for server in self.servers if self.rank == 0 else ():
             if not server.up and server.healthy:  # one given by URL is back
                 self._push_to(server)
-        with ThreadPoolExecutor(min(len(bodies), self.inflight * len(self.servers))) as pool:
+        pool = ThreadPoolExecutor(min(len(bodies), self.inflight * len(self.servers)))
+        waits = True
+        try:
             futures = [pool.submit(self._one, i, body, read, names[i]) for i, body in enumerate(bodies)]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                self._stop.set()  # those still waiting for their next try need not have it
-                for future in futures:
-                    future.cancel()
-                raise
+            return [future.result() for future in futures]
+        except BaseException:
+            self._stop.set()  # those still waiting for their next try need not have it
+            waits = not STOPPING  # nor those that are being answered, when the run has no time
+            raise
+        finally:
+            pool.shutdown(wait=waits, cancel_futures=True)
 
     def _one(self, i: int, body: Mapping, read: Callable, name: str):
         """One question, asked until there is an answer that `read` accepts, at most `tries` times."""

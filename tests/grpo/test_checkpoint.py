@@ -14,7 +14,8 @@ from grpo.checkpoint import Checkpoints, write_json
 def engine(value, loaded=None):
     """An engine of one rank whose whole state is one number."""
     return SimpleNamespace(
-        rank=0, gather=list, gathered=nullcontext, state=lambda: {"w/master": torch.tensor([float(value)])},
+        rank=0, gather=list, together=lambda call, error: call(), gathered=nullcontext,
+        state=lambda: {"w/master": torch.tensor([float(value)])},
         load_state=lambda tensors: loaded.append(tensors["w/master"].item()),
     )  # fmt: skip
 
@@ -87,7 +88,8 @@ def test_every_file_of_a_checkpoint_is_written_before_it_is_named(tmp_path, monk
     Checkpoints(tmp_path).save(2, POLICY, engine(2), {}, best=False)
     names = [b for _, b, _ in seen]
     assert names.index("step-000002") < names.index("last.json")
-    assert seen[names.index("step-000002")][2] == ["adapter_model.safetensors", "trainer.json", "trainer.safetensors"]
+    assert seen[names.index("step-000002")][2] == ["adapter_model.safetensors", "manifest.json", "trainer.json",
+                                            "trainer.safetensors"]  # fmt: skip
 
 
 def test_json_is_replaced_whole(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def config(**changes):
     return OmegaConf.create({"steps": 10, "seed": 0, "resume": True, "name": None, **changes})
 
 
-def test_what_is_left_of_a_job(tmp_path):
+def test_what_is_left_of_a_job(tmp_path, monkeypatch):
     assert todo(config(resume=False), tmp_path).resume is False
     (tmp_path / "metrics.jsonl").write_text("{}")
     assert todo(config(), tmp_path).resume is False and not (tmp_path / "metrics.jsonl").exists()
@@ -135,6 +135,10 @@ def test_what_is_left_of_a_job(tmp_path):
     (tmp_path / "checkpoints" / "last.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text("{}")
     assert todo(config(), tmp_path).resume is True and (tmp_path / "metrics.jsonl").exists()
+    assert todo(config(resume=False), tmp_path).resume is False
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the same job, queued again
+    assert todo(config(resume=False), tmp_path).resume is True
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
     (tmp_path / "summary.json").write_text('{"steps": 5}')  # stopped by stop_at
     assert todo(config(), tmp_path).resume is True
     (tmp_path / "summary.json").write_text('{"steps": 10}')

@@ -42,7 +42,7 @@ class Saved:
     def save(self, step, policy, engine, state, best):
         self.state = json.dumps(state | {"step": step})
 
-    def load(self, engine):
+    def load(self, engine, say):
         return json.loads(self.state)
 
 
@@ -54,7 +54,8 @@ def leg(folder, saved, clock, *, ranks=1, stop_at=None, resume=False, seen=lambd
         cfg=cfg, folder=folder, world=ranks, rank=0, engine=OneRank(), policy=None, objective=None, checkpoints=saved,
         tokens=0, version=0, quarantined={}, before={"seconds": 0.0, "device_seconds": 0.0}, clock=module.Clock(),
         settings=SimpleNamespace(steps=6, stop_at=stop_at, resume=resume, traced_steps=0, reference_every=None,
-                                 eval_every=9, questions=2, generations=2, checkpoint_every=2, samples_every=9),
+                                 eval_every=9, questions=2, generations=2, checkpoint_every=2, samples_every=9,
+                                 checkpoint_grace=90.0),
         dataset=SimpleNamespace(fingerprint="f", train=[]), heldout=[make_question("q")],
         sampler=SimpleNamespace(epoch=lambda step: 0.5), sync=SimpleNamespace(push=nothing),
         rollouts=SimpleNamespace(state=nothing, load_state=nothing),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -233,6 +234,16 @@ def test_capitals_are_for_make():
 def test_more_processes_go_through_torchrun():
     line = make("train", "NPROC=2", "seed=1").stdout.splitlines()[-1]
     assert "-m torch.distributed.run --standalone" in line and "--nproc-per-node=2 -m grpo.train 'seed=1'" in line
+
+
+def test_a_job_on_a_cluster_takes_the_same_words():
+    words = ["CLUSTER=mine", "SLURM=nodes=2 time=02:00:00", "EXPERIMENT=e", "DRY=1", "name=it's", "a=$HOME"]
+    line = make("slurm-train", *words).stdout.splitlines()[-1]
+    assert shlex.split(line)[1:] == [
+        "-m", "launch.slurm", "train", "--cluster", "mine", "--set", "nodes=2", "--set", "time=02:00:00", "--dry",
+        "experiment=e", "name=it's", "a=$HOME",
+    ]  # fmt: skip
+    assert "make slurm-cancel JOB=name or number" in make("slurm-cancel").stderr
 
 
 def test_help_lists_every_target_on_one_line():
