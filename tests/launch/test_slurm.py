@@ -48,8 +48,8 @@ def test_the_script_word_for_word(name, tmp_path):
     }[name]  # fmt: skip
     words = ["experiment=audsemthinker_qa_grpo", *(["rollout=vllm_server", "seed=1"] if name == "servers" else [])]
     script = slurm.render("train", mine.with_words(["scratch=/scratch/me"]), words, "golden")
-    script = script.replace(str(ROOT), "/repository").replace(sys.executable, "/venv/bin/python")
-    script = script.replace(str(Path(sys.executable).parent), "/venv/bin")
+    script = script.replace(sys.executable, "/venv/bin/python")  # before ROOT, in which it may lie
+    script = script.replace(str(Path(sys.executable).parent), "/venv/bin").replace(str(ROOT), "/repository")
     if os.environ.get("GRPO_WRITE_GOLDEN"):
         GOLDEN.mkdir(exist_ok=True)
         (GOLDEN / f"{name}.sbatch").write_text(script)
