@@ -33,7 +33,7 @@ class RunError(RuntimeError):
 # a multirun's finished job fits whatever they are, and they are no column of the report.
 FREE_ON_RESUME = frozenset(
     "bench resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
-    "dry_run engine placement".split()
+    "dry_run engine placement max_nonfinite".split()
 )
 
 # Keys of `rollout` that are the run's, whatever the engine (conf/train.yaml).
@@ -67,6 +67,7 @@ class Settings:
     encoded: int  # questions whose features stay in memory
     workers: int  # threads that read and transform the next step's clips ahead of time
     profile: bool | int  # trace this many steps (true: 2), once the first two are over
+    max_nonfinite: int  # steps in a row with a loss or gradient that is not finite, until the run stops
     save_rollouts: bool | int  # keep every step, or every n-th, on disk for grpo.replay_loss
     reference_every: int | None  # steps after which the policy becomes its own reference; null: the start stays it
     dynamic_sampling_rounds: int  # rollouts a step at most, to find groups that teach; 1: off
@@ -78,8 +79,8 @@ class Settings:
 
     def __post_init__(self):
         for name in ("questions", "generations", "updates", "max_tokens", "think_words",
-                     "eval_every", "eval_batch", "checkpoint_every", "checkpoint_keep", "log_every", "samples_every",
-                     "dynamic_sampling_rounds"):  # fmt: skip
+                     "eval_every", "eval_batch", "max_nonfinite", "checkpoint_every", "checkpoint_keep", "log_every",
+                     "samples_every", "dynamic_sampling_rounds"):  # fmt: skip
             if getattr(self, name) < 1:
                 key = re.sub("_(every|keep|rounds)", r".\1", name)
                 raise ConfigError(f"{key} must be at least 1, got {getattr(self, name)}")

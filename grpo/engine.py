@@ -143,6 +143,8 @@ class Engine:
             self.deepspeed.step()  # with a norm that is not finite, it skips the step by itself
         norm = float(self.deepspeed.get_global_grad_norm()) if norm is None else norm
         if not math.isfinite(norm):
+            for p in self.trainable.values():  # DeepSpeed forgets its own; these would go into the next step's
+                p.grad = None
             raise FloatingPointError(f"the gradient norm is {norm}: the step was not taken")
         return norm
 

@@ -6,6 +6,7 @@ No variant is named here. What is optimised stands in grpo/loss/objective.py; wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite, nan
 
 import torch
 from torch import Tensor
@@ -90,7 +91,14 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
                     tokens.add({**out.metrics, **mismatch(x)}, x.mask_NT)
                     loss_sum += out.loss.item()
             learning_rate = run.schedule(step, s.steps)
-            norms.append(engine.step(learning_rate))
+            try:
+                norms.append(engine.step(learning_rate))
+            except FloatingPointError:  # on all ranks alike, and nothing was changed: the run decides whether to go on
+                norms.append(nan)
+                break
+        if not isfinite(norms[-1]) and not recording:
+            recording = True  # for grpo.replay_loss
+            record.save_adapter(run.folder, step + 1, policy, engine)
 
     run.version += 1
     metrics = sampling | group_metrics(groups, reward_BG, component_NR, run.rewards.names, engine)
@@ -103,7 +111,8 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
     if bonus := getattr(run.objective, "entropy", None):
         facts["entropy_state"] = bonus.state()
         metrics["entropy_coefficient"] = bonus.coefficient
-        bonus.update(metrics["entropy"])
+        if isfinite(metrics["entropy"]):
+            bonus.update(metrics["entropy"])
     if recording:
         kept = engine.gather(record.parts(
             groups, reward_BG=reward_BG, component_NR=component_NR, advantage_BG=advantage_BG, logp_NT=last_NT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import random
 import resource
@@ -260,11 +261,20 @@ class Run:
                 while trained < end and not stop:
                     done, tokens = None, self.tokens
                     metrics, rows, groups = loop.step(self, trained)
+                    bad = not math.isfinite(metrics.get("grad_norm", 0.0))
+                    state["nonfinite"] = metrics["nonfinite_steps"] = state.get("nonfinite", 0) + bad
+                    state["nonfinite_in_a_row"] = bad * (state.get("nonfinite_in_a_row", 0) + 1)
                     trained, done = trained + 1, {"metrics": metrics, "rows": self.engine.gather(rows)}
                     if not (stop := self._asked_to_stop()):
                         finish(trained, **done, groups=groups, tokens=self.tokens - tokens)
                         done, stop = None, trained < end and self._asked_to_stop()
                         tick()
+                    if bad and state["nonfinite_in_a_row"] >= s.max_nonfinite:
+                        raise FloatingPointError(
+                            f"loss or gradient was not finite {state['nonfinite_in_a_row']} steps in a row "
+                            f"(max_nonfinite={s.max_nonfinite}), of which nothing was learned. They are kept: "
+                            f"python -m grpo.replay {self.folder} --step {trained}"
+                        )
         except (RolloutError, SyncError, RewardError, FloatingPointError) as error:
             stop = self._asked_to_stop()
             if trained == 0 and not stop:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
+import sys
 from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from grpo.checkpoint import sync, write_json
@@ -98,30 +101,52 @@ class NoTracker:
 
 
 class Wandb:
-    """Weights & Biases. `mode="offline"` writes into the run folder and needs neither account nor network."""
+    """Weights & Biases. `mode="offline"` writes into the run folder and needs neither account nor network.
+
+    All legs of a run are one there: its id stands in wandb.json. Whatever wandb raises is told once, and the run goes
+    on without it: the folder's own files have every number.
+    """
 
     def __init__(self, *, mode: str = "offline", project: str = "audsem-grpo"):
         if mode not in ("offline", "online"):
             raise ValueError(f"tracking.mode must be 'offline' or 'online', got {mode!r}")
-        self.mode, self.project, self.run = mode, project, None
+        self.mode, self.project, self.run, self.lost = mode, project, None, False
 
     def start(self, folder: Path, config: dict, name: str) -> None:
-        import wandb  # 0.5 s that tracking=none does without
+        with self._survived("start"):
+            import wandb  # 0.5 s that tracking=none does without
 
-        settings = wandb.Settings(silent=True, console="off")
-        self.run = wandb.init(dir=str(folder), mode=self.mode, project=self.project, name=name, config=config,
-                              settings=settings)  # fmt: skip
+            known = folder / "wandb.json"
+            if not known.exists():
+                write_json(known, {"id": secrets.token_hex(4)})
+            settings = wandb.Settings(silent=True, console="off")
+            self.run = wandb.init(dir=str(folder), mode=self.mode, project=self.project, name=name, config=config,
+                                  id=json.loads(known.read_text())["id"], settings=settings,
+                                  resume="allow" if self.mode == "online" else None)  # fmt: skip
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
+        with self._survived("log"):
+            self.run.log(dict(values), step=step)
 
     def table(self, step: int, rows: list[dict]) -> None:
-        import wandb
+        with self._survived("table"):
+            import wandb
 
-        columns = ["step", "question", "gold", "completion", "reward", "advantage", *rows[0]["rewards"]]
-        cells = [[*(row[c] for c in columns[:6]), *row["rewards"].values()] for row in rows]
-        self.run.log({"samples": wandb.Table(columns=columns, data=cells)}, step=step)
+            columns = ["step", "question", "gold", "completion", "reward", "advantage", *rows[0]["rewards"]]
+            cells = [[*(row[c] for c in columns[:6]), *row["rewards"].values()] for row in rows]
+            self.run.log({"samples": wandb.Table(columns=columns, data=cells)}, step=step)
 
     def finish(self, summary: Mapping) -> None:
-        self.run.summary.update(dict(summary))
-        self.run.finish()
+        with self._survived("finish"):
+            self.run.summary.update(dict(summary))
+            self.run.finish()
+
+    @contextmanager
+    def _survived(self, what: str):
+        try:
+            with suppress(Exception) if self.lost else nullcontext():
+                yield
+        except Exception as error:  # no network, no account, a full disk, a service that died
+            self.lost = True
+            reason = str(error).partition("\n")[0]
+            print(f"wandb     {what}: {type(error).__name__}: {reason}; the run goes on without it", file=sys.stderr)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,8 @@ def work(tmp_path_factory):
 
 # In the environment of every run here: none may leave a trace.
 SECRETS = {"WANDB_API_KEY": "5ec2e7a1" * 5, "HF_TOKEN": "hf_5ec2e7b2token", "GRPO_SERVER_TOKEN": "5ec2e7c3server"}
+ENV = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
+       "HF_HUB_OFFLINE": "1"}  # fmt: skip
 
 
 def train(work, *overrides, ranks=1, ok=True, base=SMALL):
@@ -37,16 +41,8 @@ def train(work, *overrides, ranks=1, ok=True, base=SMALL):
         if ranks > 1
         else []
     )
-    env = {
-        **os.environ,
-        **SECRETS,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-        "HF_HUB_OFFLINE": "1",
-    }
     command = [sys.executable, *launcher, "-m", "grpo.train", *base, "tracking=none", *overrides]
-    done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=work, env=ENV, capture_output=True, text=True, timeout=600)
     assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-4000:]
     return done
 
@@ -141,6 +137,40 @@ def test_stopped_and_resumed_equals_never_stopped(work, straight, stop):
     train(work, f"name={name}", "resume=true")
     assert timeless(lines(work, name)) == timeless(lines(work, "straight"))
     assert lines(work, name, "samples.jsonl") == lines(work, "straight", "samples.jsonl")
+
+
+def told(work, name, number, ranks=1):
+    """Exit statuses and output of a run that gets a signal after its first step; of several ranks only the last does."""
+    env = {**ENV, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    command = [sys.executable, "-m", "grpo.train", *SMALL, "tracking=none", f"name={name}"]
+    runs = [subprocess.Popen(command, cwd=work, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(ranks)]  # fmt: skip
+    metrics, end = work / "outputs" / name / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") > 1) and time.monotonic() < end:
+        time.sleep(0.01)
+    runs[-1].send_signal(number)
+    said = [run.communicate(timeout=300)[0] for run in runs]
+    return [run.returncode for run in runs], said[0]
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 2)])
+def test_told_to_stop_it_goes_on_to_the_same_end(work, straight, number, ranks):
+    """With ranks=2 only the second is told: both stop at the same step, with status 75."""
+    name = f"told-{ranks}"
+    statuses, said = told(work, name, number, ranks)
+    assert statuses == [75] * ranks and f"name={name} resume=true" in said
+    left = json.loads((work / "outputs" / name / "checkpoints" / "last.json").read_text())["folder"]
+    assert 1 <= int(left.removeprefix("step-")) < 6 and not (work / "outputs" / name / "summary.json").exists()
+    if ranks == 1:
+        train(work, f"name={name}", "resume=true")
+        assert timeless(lines(work, name)) == timeless(lines(work, "straight"))
+        assert lines(work, name, "samples.jsonl") == lines(work, "straight", "samples.jsonl")
+
+
+def test_a_run_without_a_checkpoint_begins_anew(work):
+    """So that one command line can be queued again and again, whatever came of it before."""
+    done = train(work, "name=queued", "steps=1", "resume=true")
+    assert "has no checkpoint yet: it begins anew" in done.stdout and len(lines(work, "queued")) == 2
 
 
 def test_resume_with_other_settings_is_refused(work, straight):
@@ -276,7 +306,6 @@ def test_a_multirun_ends_in_a_report_and_runs_only_what_is_missing(work):
         (["steps=abc"], ["steps must be int"]),
         (["data=manifest", "data.train.path=nowhere.jsonl", "data.eval.path=nowhere.jsonl"], ["nowhere.jsonl"]),
         (["micro_tokens=0"], ["error: micro_tokens must be at least 1, or null, got 0"]),
-        (["resume=true", "name=none-there"], ["none-there"]),
         (["dynamic_sampling.rounds=0"], ["error: dynamic_sampling.rounds must be at least 1, got 0"]),
         (["dynamic_sampling.rounds=99"], ["rounds=99 x questions=4", "only 64 training questions"]),
         (["dynamic_sampling.by=acc"], ["dynamic_sampling.by=acc", "accuracy, format, length"]),

@@ -106,21 +106,27 @@ def gradients(
     n_tokens = float(loss_mask(everything, True).sum())
     advantage = torch.linspace(-1.5, 2.0, QUESTIONS * COPIES) * (float("nan") if poisoned else 1.0)
     mine = range(rank * share, (rank + 1) * share)
-    total = gap = 0.0
     policy.train()
-    for i in range(0, share, micro):
-        groups = [everything[b] for b in mine[i : i + micro]]
-        batch = policy.prepare(groups)
-        with torch.no_grad(), engine.reference():
-            ref, _ = engine(batch)
-        logp, entropy = engine(batch)
-        old = pad_rows([c.sampler_logp for g in groups for c in g.completions])
-        first = mine[i] * COPIES
-        out = objective(LossInputs(logp, old, old, ref, entropy, advantage[first : first + len(old)],
-                                   loss_mask(groups, True), n_tokens, float(QUESTIONS * COPIES)))  # fmt: skip
-        engine.backward(out.loss, last=i + micro == share)
-        total += out.loss.item()
-        gap = max(gap, (ref - logp).abs().max().item())
+
+    def backward(advantage):
+        """Loss, and the largest gap between reference and policy."""
+        total = gap = 0.0
+        for i in range(0, share, micro):
+            groups = [everything[b] for b in mine[i : i + micro]]
+            batch = policy.prepare(groups)
+            with torch.no_grad(), engine.reference():
+                ref, _ = engine(batch)
+            logp, entropy = engine(batch)
+            old = pad_rows([c.sampler_logp for g in groups for c in g.completions])
+            first = mine[i] * COPIES
+            out = objective(LossInputs(logp, old, old, ref, entropy, advantage[first : first + len(old)],
+                                       loss_mask(groups, True), n_tokens, float(QUESTIONS * COPIES)))  # fmt: skip
+            engine.backward(out.loss, last=i + micro == share)
+            total += out.loss.item()
+            gap = max(gap, (ref - logp).abs().max().item())
+        return total, gap
+
+    total, gap = backward(advantage)
     grads = engine.gradients()
     held = {k: nbytes(v) for k, v in census(engine).items() if k != "optimizer"}
     try:
@@ -130,6 +136,11 @@ def gradients(
     held["optimizer"] = nbytes(census(engine)["optimizer"])
     with engine.gathered():
         weights = {f"after/{n}": p.detach().clone() for n, p in engine.trainable.items()}
+    if poisoned:  # the step after it
+        backward(torch.linspace(-1.5, 2.0, QUESTIONS * COPIES))
+        engine.step(1e-3)
+        with engine.gathered():
+            weights |= {f"next/{n}": p.detach().clone() for n, p in engine.trainable.items()}
     loss = engine.reduce({"loss": total})["loss"]
     return {
         **grads,

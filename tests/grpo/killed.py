@@ -2,7 +2,7 @@
 
     python killed.py FOLDER KILLS SEED [STEPS]
 
-An undisturbed run first (`calm`), then runs `killed-0`, `killed-1`, ..., each resumed until it is done, until KILLS kills
+An undisturbed run first (`calm`), then runs `killed-0`, `killed-1`, ..., each resumed until done, until KILLS kills
 were made. Half of the kills wait for a checkpoint that is being written. Prints one JSON line: what was killed where.
 """
 

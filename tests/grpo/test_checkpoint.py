@@ -1,14 +1,17 @@
 """A checkpoint is whole or not there, and the last and the best are the ones that stay."""
 
+import errno
 import json
 import os
+import resource
+import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from grpo.checkpoint import Checkpoints, write_json
+from grpo.checkpoint import CheckpointError, Checkpoints, write_json
 
 
 def engine(value, loaded=None):
@@ -79,6 +82,73 @@ def test_saved_twice_at_one_step_and_killed_between_the_names(tmp_path, monkeypa
     checkpoints.save(2, POLICY, engine(3), {}, best=False)
     assert checkpoints.load(engine(0, loaded)) == {"step": 2} and loaded == [2.0, 3.0]
     assert folders(tmp_path) == ["step-000002"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "file", "why"),
+    [
+        (cut, "trainer.safetensors", "bytes, "),
+        (flip, "adapter_model.safetensors", "adapter_model.safetensors is not what was written (sha256)"),
+        (os.unlink, "trainer.json", "trainer.json is missing"),
+        (os.unlink, "manifest.json", "not written to its end"),
+        (cut, "manifest.json", "manifest.json cannot be read"),
+    ],
+)
+def test_a_spoilt_checkpoint_is_passed_over_for_the_one_before(tmp_path, spoil, file, why):
+    checkpoints, loaded, said = Checkpoints(tmp_path, keep=2), [], []
+    for step in (2, 4, 6):
+        checkpoints.save(step, POLICY, engine(step), {}, best=False)
+    assert folders(tmp_path) == ["step-000004", "step-000006"]
+    spoil(tmp_path / "step-000006" / file)
+    assert checkpoints.load(engine(0, loaded), said.append) == {"step": 4} and loaded == [4.0]
+    assert len(said) == 1 and "step-000006" in said[0] and why in said[0]
+    spoil(tmp_path / "step-000004" / file)
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+        checkpoints.load(engine(0, loaded), said.append)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path, monkeypatch, number):
+    """`save_file` stands for the disk: safetensors raises an error of its own kind, the system OSError."""
+    checkpoints, loaded = Checkpoints(tmp_path, keep=2), []
+    checkpoints.save(2, POLICY, engine(2), {}, best=False)
+
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("grpo.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.save(4, POLICY, engine(4), {}, best=False)
+    said = str(caught.value)
+    assert "\n" not in said and os.strerror(number) in said and "step-000002 is the last whole one" in said
+    assert folders(tmp_path) == ["step-000002"]  # nothing half is left to take room
+    assert checkpoints.load(engine(0, loaded)) == {"step": 2} and loaded == [2.0]
+
+
+def test_a_real_disk_that_is_full(tmp_path):
+    """The system itself refuses to write a file past a limit: safetensors' error is told like any other."""
+    checkpoints, loaded = Checkpoints(tmp_path, keep=2), []
+    checkpoints.save(2, POLICY, engine(2), {}, best=False)
+    large = engine(4)
+    large.state = lambda: {"w/master": torch.zeros(1 << 20)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+        with pytest.raises(CheckpointError, match="step 4 could not be written .*step-000002 is the last whole one"):
+            checkpoints.save(4, POLICY, large, {}, best=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert checkpoints.load(engine(0, loaded)) == {"step": 2} and loaded == [2.0]
 
 
 def test_every_file_of_a_checkpoint_is_written_before_it_is_named(tmp_path, monkeypatch):

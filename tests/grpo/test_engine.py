@@ -161,6 +161,8 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(results, s
     assert poisoned["norm"].item() == -1
     after = [k for k in poisoned if k.startswith("after/")]
     assert after and all(torch.equal(poisoned[k], other[k]) and poisoned[k].isfinite().all() for k in after)
+    whole = results["1-whole"]  # the next step is what it would have been as the first
+    assert all((poisoned[f"next/{k[6:]}"] - whole[k]).abs().max() <= 2e-6 for k in after)
 
 
 def test_values_travel_between_ranks(results):

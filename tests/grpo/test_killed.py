@@ -1,4 +1,4 @@
-"""kill -9 at random moments, also while a checkpoint is written: the run that goes on is the one that was never killed."""
+"""kill -9 at random moments, also while a checkpoint is written: the run that goes on is as if never killed."""
 
 import hashlib
 import json
