@@ -140,7 +140,7 @@ def test_stopped_and_resumed_equals_never_stopped(work, straight, stop):
 
 
 def told(work, name, number, ranks=1):
-    """Exit statuses and output of a run that gets a signal after its first step; of several ranks only the last does."""
+    """Exit statuses and output of a run that gets a signal after its first step; of several ranks the last one does."""
     env = {**ENV, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     command = [sys.executable, "-m", "grpo.train", *SMALL, "tracking=none", f"name={name}"]
     runs = [subprocess.Popen(command, cwd=work, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, text=True,
