@@ -173,7 +173,7 @@ def make_run(*, beta=0.1, mask_truncated=False, updates=1, micro=2, rank=0, drop
         advantage=group_mean, schedule=lambda step, steps: (step + 1) / steps, clock=lambda stage: nullcontext(),
         sync=SimpleNamespace(push=lambda version, groups: pushed.append((version, groups)) or Receipt("none", version)),
         pushed=pushed, version=0, tokens=0, idle_groups_rest=rest, quarantined={},
-        unreadable=unreadable,
+        unreadable=unreadable, waiting=nullcontext,
     )  # fmt: skip
     run.encode, run.rollouts = Loader(run._encode, keep=20, workers=0), Rollouts(run, lag=0)
     return run
