@@ -147,6 +147,18 @@ def test_a_whole_video_is_cut_and_doubt_finds_nothing(tmp_path):
     assert recording("a dog") is None
 
 
+def test_a_clip_of_the_same_video_is_not_taken_for_another(tmp_path):
+    for file in ("abcdefghijk_30.wav", "one/abcdefghijk_60.wav", "two/abcdefghijk_60.wav", "abcdefghijk_90.wav",
+                 "abcdefghijk_90_95.wav"):  # fmt: skip
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    files = Files(tmp_path)
+    assert files.find("abcdefghijk (0-10)") is None  # the 30th second is no 30th millisecond
+    assert files.find("abcdefghijk (30-40)").path.name == "abcdefghijk_30.wav"
+    assert files.find("abcdefghijk (60-70)") is None  # two of equal right
+    assert files.find("abcdefghijk (90-95)").path.name == "abcdefghijk_90_95.wav"  # start and end before start alone
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_any_point_and_resumed_the_manifest_is_the_same(tmp_path, workers):
     """A process that looks at clips is killed with SIGKILL after so many lines of its journal, once mid-line."""
