@@ -162,7 +162,7 @@ def batch(listener: Listener, manifest: Path, out: Path) -> int:
         raise ConfigError(f"{len(questions.problems)} rows of {manifest} are bad, the first: line {p.line} {p.reason}: "
                           f"{p.message}. See all with `python -m data.check {manifest}`")  # fmt: skip
     done = keep_whole(out)
-    if odd := {(r["model"], r["prompt_hash"]) for r in done.values()} - {(listener.name, listener.prompt_hash)}:
+    if odd := {(r.get("model"), r.get("prompt_hash")) for r in done.values()} - {(listener.name, listener.prompt_hash)}:
         raise ConfigError(f"{out} holds answers of {next(iter(odd))[0]}: give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
