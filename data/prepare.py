@@ -282,6 +282,10 @@ def _wish(args: argparse.Namespace, source: Source) -> Wish:
     for path in args.files:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
+        # The second reading would find what the first has written.
+        out = args.out.resolve()
+        if out == path.resolve() or (path.is_dir() and path.resolve() in out.parents):
+            raise ValueError(f"--out {args.out} lies where {path} is read from: give another folder")
     if wrong := [c for c in args.column if c.count("=") != 1]:
         raise ValueError(f"--column {wrong[0]!r}: OURS=THEIRS, such as question=Frage")
     first = args.files[0]

@@ -258,4 +258,15 @@ def test_what_cannot_be_read_is_one_line(tmp_path, capsys):
     for file, message in [("no.csv", "does not exist"), ("t.txt", "a table ends in"), ("empty", "files of one kind")]:
         assert main(["audsem", str(tmp_path / file), "--out", str(tmp_path / "m.jsonl")]) == 2
         assert message in capsys.readouterr().err
-    assert main(["audsem", str(tmp_path), "--audio", str(tmp_path / "no"), "--out", str(tmp_path / "m.jsonl")]) == 2
+    out = tmp_path / "out" / "m.jsonl"
+    assert main(["audsem", str(tmp_path / "empty"), "--audio", str(tmp_path / "no"), "--out", str(out)]) == 2
+    assert "audio folder" in capsys.readouterr().err
+    table = tmp_path / "rows.jsonl"
+    table.write_text("{}")
+    for files, out in [(table, table), (tmp_path, tmp_path / "m.jsonl")]:  # over its source, into what it reads
+        assert main(["table", str(files), "--out", str(out)]) == 2
+        assert "is read from" in capsys.readouterr().err
+    assert table.read_text() == "{}" and not (tmp_path / "m.jsonl").exists()
+    (tmp_path / "german.csv").write_text("audio;question;answer\nx.wav;?;a\n")
+    assert main(["table", str(tmp_path / "german.csv"), "--out", str(tmp_path / "out" / "m.jsonl")]) == 2
+    assert "between semicolons" in capsys.readouterr().err
