@@ -19,6 +19,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -152,6 +153,10 @@ def main(arguments: list[str] | None = None) -> int:
                        max_seconds=args.max_seconds, workers=args.workers)  # fmt: skip
     except (OSError, ValueError) as error:
         print(f"cannot pack: {error}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print("cannot pack: a process died, of a clip or for want of memory; `python -m data.check` finds the clip, "
+              "shards that were finished are kept", file=sys.stderr)  # fmt: skip
         return 2
     print(f"{len(packed)} questions in {packed.path}")
     return 0

@@ -252,7 +252,7 @@ def test_headers_about_headers_about_headers(tmp_path):
         ("digits.json", b'[{"a": ' + b"9" * 100_000 + b"}]"),
         ("line.jsonl", b'{"a": "' + b"x" * 50_000_000 + b'"}\n{"b": 1}'),
         ("cell.csv", b"a,b\n" + b"x" * 50_000_000 + b",1\n"),
-        ("line.csv", b"a,b\n" + b"x," * 10_000_000),
+        ("line.csv", b"a,b\n" + b"x," * 20_000_000),
         ("quote.csv", b'a,b\n"never closed,1\n' * 1000),
         ("bytes.csv", b"a,b\n\xff\xfe,1\n"),
         ("cells.csv", b"a,b\n1,2,3\n"),
