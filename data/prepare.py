@@ -91,6 +91,8 @@ def drafts(source: Source, wish: Wish, files: Files) -> Iterator[Draft]:
             value = {wish.rename.get(k, k): v for k, v in given.value.items()}
             try:
                 row = source.convert(value)
+                if source.benchmark:
+                    row["meta"] = (row.get("meta") or {}) | {"row": _plain(given.value)}
             except RowError as error:
                 yield Draft(given.file, given.number, None, None, error)
                 continue
@@ -106,8 +108,6 @@ def drafts(source: Source, wish: Wish, files: Files) -> Iterator[Draft]:
                 row["id"] = f"{base}_qa_{counts[base]}"
                 counts[base] += 1
             row["id"] = str(row["id"])
-            if source.benchmark:
-                row["meta"] = (row.get("meta") or {}) | {"row": _plain(given.value)}
             row = {"license": source.license} | row
             row = {k: v for k, v in row.items() if v is not None or k == "answer"}
             yield Draft(given.file, given.number, row, _job(audio, row, wish, files), audio=name)
@@ -219,9 +219,13 @@ def _question(draft: Draft, seen: Look, wish: Wish):
 
 
 def _plain(row: dict) -> dict:
-    """A published row as JSON can hold it: without the sound's bytes."""
+    """A published row as JSON can hold it: without the sound's bytes, dates of a Parquet file as texts."""
     kept = {k: v for k, v in row.items() if not k.startswith("__")}
-    return {k: {n: x for n, x in v.items() if n != "bytes"} if isinstance(v, dict) else v for k, v in kept.items()}
+    kept = {k: {n: x for n, x in v.items() if n != "bytes"} if isinstance(v, dict) else v for k, v in kept.items()}
+    try:
+        return json.loads(json.dumps(kept, default=lambda value: None if isinstance(value, bytes) else str(value)))
+    except (TypeError, ValueError, RecursionError) as error:  # keys that are no texts, a nest too deep
+        raise RowError("bad_type", f"not to be kept as JSON: {error}"[:300]) from error
 
 
 def show(report: dict) -> None:
