@@ -156,7 +156,12 @@ def batch(listener: Listener, manifest: Path, out: Path) -> int:
 
     Returns the number of rows that have no option. Raises ConfigError for a manifest with bad rows.
     """
-    questions = read_manifest(manifest, hidden=True)
+    if out.resolve() == manifest.resolve():
+        raise ConfigError(f"--out {out} is the manifest itself: give another file")
+    try:
+        questions = read_manifest(manifest, hidden=True)
+    except ValueError as error:  # a file without a row
+        raise ConfigError(str(error)) from error
     if questions.problems:
         p = questions.problems[0]
         raise ConfigError(f"{len(questions.problems)} rows of {manifest} are bad, the first: line {p.line} {p.reason}: "
@@ -207,6 +212,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--server", metavar="URL", help="ask a server of `python -m grpo.serve` instead")
     arguments(parser)
     args = parser.parse_args(words)
+    for word, value in (("--max-tokens", args.max_tokens), ("--window", args.window)):
+        if value is not None and not value > 0:
+            parser.error(f"{word} must be above 0, got {value}")
     try:
         if args.manifest:
             if args.audio or args.choices or not args.out or args.server:
