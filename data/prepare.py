@@ -186,8 +186,9 @@ def _write(source: Source, wish: Wish, rows: Iterator[Draft], looks: dict[Job, L
                     "sha256": seen_clip.sha256}  # fmt: skip
             log.write(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False) + "\n")
     report = {
-        "source": source.name, "manifest": str(wish.out), "root": str(wish.root), "rows": sum(states.values()),
-        "present": present, "kept": kept, "states": dict(states.most_common()), "seconds": round(seconds, 3),
+        "source": source.name, "benchmark": source.benchmark, "manifest": str(wish.out), "root": str(wish.root),
+        "rows": sum(states.values()), "present": present, "kept": kept, "states": dict(states.most_common()),
+        "seconds": round(seconds, 3),
         "sounds": len(sounds), "gold": balance(golds), "examples": {k: v for k, v in reasons.items() if k != "ok"},
         "versions": {"soundfile": soundfile.__version__, "libsndfile": soundfile.__libsndfile_version__},
     }  # fmt: skip
@@ -237,7 +238,8 @@ def show(report: dict) -> None:
         print("".join(c if c.isprintable() else "?" for c in f"  {state:<15}{count:>8}{example}"[:220]))
     print(f"gold    {report['gold']['text']}")
     if Path(report["manifest"]).resolve().parent != Path(report["root"]):
-        print(f"audio   lies under {report['root']}: train with data.train.root={report['root']}")
+        key = f"evaluate with bench.{report['source']}" if report["benchmark"] else "train with data.train"
+        print(f"audio   lies under {report['root']}: {key}.root={report['root']}")
 
 
 def main(arguments: list[str] | None = None) -> int:

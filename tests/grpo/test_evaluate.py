@@ -181,3 +181,27 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
     for cut in range(1, len(whole)):  # in the middle of a character too
         path.write_bytes(whole + whole[:cut])
         assert list(keep_whole(path)) == ["é"] and path.read_bytes() == whole
+
+
+def test_clips_that_lie_elsewhere_are_no_result_of_zero(tmp_path):
+    from grpo.benchmark import open_benchmark
+
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.wav").touch()
+    row = {"id": "a", "audio": "a.wav", "question": "?", "choices": ["x", "y"], "answer": 0}
+    (tmp_path / "m.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'id': 'b', 'audio': 'b.wav'})}\n")
+    spec = {"path": str(tmp_path / "m.jsonl"), "rule": "mmar"}
+    with pytest.raises(ConfigError, match=r"no clip of .* is there, such as .*a\.wav: set bench\.toy\.root"):
+        open_benchmark("toy", spec)
+    found = open_benchmark("toy", spec | {"root": str(tmp_path / "clips")})
+    assert len(found.questions) == 2  # one that lacks is a wrong answer
+
+
+def test_every_benchmark_that_is_prepared_can_be_asked():
+    from data.sources import sources
+
+    for name in [source.name for source in sources().values() if source.benchmark]:
+        with initialize_config_module("conf", version_base="1.3"):
+            cfg = compose("evaluate", [f"bench=[{name}]", "weights=m"])
+        spec = OmegaConf.to_container(cfg.bench, resolve=True)[name]
+        assert spec["rule"] == name and spec["path"].endswith(f"/{name}.jsonl")
