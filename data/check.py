@@ -93,7 +93,7 @@ def summarise(manifest: Manifest, seen: list[Seen]) -> dict:
         "rows": len(manifest.questions) + len(manifest.problems),
         "ok": len(good),
         "seconds": round(sum(one.seconds for _, one in good), 3),
-        "gold": balance([(q.answer, len(q.choices)) for q, _ in good]),
+        "gold": balance([(q.answer, len(q.choices)) for q, _ in good if q.answer is not None]),
         "rates": {f"{hz} Hz x {channels}": n for (hz, channels), n in
                   sorted(Counter((one.hz, one.channels) for _, one in good).items())},
         "problems": [asdict(p) for p in sorted(problems, key=lambda p: p.line)],
@@ -122,11 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, help="folder that audio paths start from (default: the manifest's)")
     parser.add_argument("--fast", action="store_true", help="headers only: misses NaN, silence and most damage")
     parser.add_argument("--max-seconds", type=float, default=30.0, help="longest clip (default: 30, as in training)")
+    parser.add_argument("--hidden", action="store_true", help="answers may be withheld (null), as benchmarks do")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
     try:
-        manifest = read(args.manifest, root=args.root)
+        manifest = read(args.manifest, root=args.root, hidden=args.hidden)
     except (OSError, ValueError) as error:
         print(f"cannot read: {error}", file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ from data.pool import LOST, each
 from data.question import Question
 
 MEMORY = 16 * 2**30  # bytes of address space of a process that listens: torch's libraries take much of it
-Key = tuple  # a stretch of a file: (audio, span, start, end)
+Key = tuple  # Question.stretch
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,8 @@ def _clips(questions: Sequence[Question]) -> dict[Key, Question]:
     """The first question on each clip."""
     clips: dict[Key, Question] = {}
     for q in questions:
-        clips.setdefault(_key(q), q)
+        clips.setdefault(q.stretch, q)
     return clips
-
-
-def _key(q: Question) -> Key:
-    return q.audio, q.span, q.start, q.end
 
 
 def _hear(clips: dict[Key, Question], workers: int) -> Iterator[tuple[Question, Heard]]:
@@ -178,8 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
         if silent:
             print(f"{len(silent)} clips could not be compared but by source, such as {silent[0]}")
     if args.clean:
-        dirty = {_key(q) for q in train if q.id in {o.train for o in found}}
-        kept = [q for q in train if _key(q) not in dirty]
+        dirty = {q.stretch for q in train if q.id in {o.train for o in found}}
+        kept = [q for q in train if q.stretch not in dirty]
         write(args.clean, kept, (args.train_root or args.train.parent).resolve())
         print(f"{len(kept)} of {len(train)} questions in {args.clean}", file=sys.stderr)
     return 1 if found else 0

@@ -45,7 +45,7 @@ def write(questions: Sequence[Question], folder: str | Path, *, per_shard: int =
     folder.mkdir(parents=True, exist_ok=True)
     clips: dict[tuple, list[Question]] = defaultdict(list)
     for q in questions:
-        clips[q.audio, q.span, q.start, q.end].append(q)
+        clips[q.stretch].append(q)
     groups = list(clips.values())
     parts = [groups[i : i + per_shard] for i in range(0, len(groups), per_shard)]
     pack = partial(_pack, folder=folder, hz=hz, max_seconds=max_seconds)
