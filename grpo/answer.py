@@ -83,9 +83,8 @@ def listener(model: str | Path, *, checkpoint="best", processor=None, prompt=Non
     """A Listener for whatever `model` names (grpo/load.py). Raises ConfigError."""
     found = find(model, checkpoint, processor)
     policy = open_policy(found, prompt_of(found, prompt), dtype=dtype)
-    return Listener(
-        policy, max_tokens=max_tokens or found.max_tokens or 512, name=str(model), window=window, batch=batch
-    )
+    name = str(model) if found.step is None else f"{model} step {found.step}"
+    return Listener(policy, max_tokens=max_tokens or found.max_tokens or 512, name=name, window=window, batch=batch)
 
 
 def ask(audio: str | Path, text: str, choices: Sequence[str]) -> Question:

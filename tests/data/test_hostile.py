@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import tarfile
+import time
 import tracemalloc
 from itertools import islice
 
@@ -14,6 +15,8 @@ import soundfile
 from data import manifest
 from data.audio import ClipError, load
 from data.check import main as check
+from data.manifest import RowError
+from data.options import within
 from data.prepare import main
 from data.rows import read
 
@@ -270,6 +273,15 @@ def test_bombs_are_bad_rows_in_little_memory(tmp_path, name, data):
     assert rows and any(row.error for row in rows) and peak < 120e6
     if name == "line.jsonl":
         assert rows[1].value == {"b": 1}  # the rest is read
+
+
+@pytest.mark.parametrize("head", [" " * 19_900, "choose options " * 1300, "options :" * 2000, "\n" * 19_900])
+def test_a_question_that_takes_long_to_read_takes_no_time(head):
+    began = time.process_time()
+    assert within(f"{head}What?\nA. x\nB. y")[1] == ["x", "y"]
+    with pytest.raises(RowError):
+        within("['" * 9_990)
+    assert time.process_time() - began < 5  # one took minutes
 
 
 @pytest.mark.parametrize(
