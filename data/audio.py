@@ -57,6 +57,8 @@ def decode(path: Path, *, span=None, start=None, end=None, hz=16000, min_seconds
     info = _judge(path, source, start, end, hz, min_seconds, max_seconds)
     first = round((start or 0.0) * info.samplerate)
     wanted = min(info.frames, round(end * info.samplerate) if end is not None else info.frames) - first
+    if wanted < 1:
+        raise ClipError("too_short", path, f"no sample between {start} and {end} s")
     mono, peak = _decode(path, source, first, wanted)
     # An MP3's header may only estimate its length; the other containers count.
     if len(mono) < (0.95 * wanted if info.format == "MP3" else wanted):

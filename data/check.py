@@ -8,10 +8,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +20,7 @@ from rich.table import Table
 from data.audio import ClipError, check_header, decode
 from data.balance import balance
 from data.manifest import Manifest, Problem, read
+from data.pool import LOST, MEMORY, each
 from data.question import Question
 
 ROW = (
@@ -56,6 +55,8 @@ def examine(question: Question, *, fast: bool, max_seconds: float) -> Seen:
         return Seen(seconds=seconds, hz=info.samplerate, channels=info.channels)
     except ClipError as error:
         return Seen(error.reason, str(error))
+    except MemoryError:
+        return Seen("unreadable", f"{question.audio}: takes more than {MEMORY >> 30} GiB to decode")
 
 
 def examine_all(questions: list[Question], *, fast: bool, max_seconds: float, workers: int) -> Iterator[Seen]:
@@ -64,9 +65,17 @@ def examine_all(questions: list[Question], *, fast: bool, max_seconds: float, wo
     if fast or workers == 1 or len(questions) < POOL_FROM:
         yield from map(look, questions)
         return
-    # Not forked: a child of a process with threads may wait for ever for a lock that one of them held.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(look, questions, chunksize=16)
+    waiting: dict[int, Seen] = {}
+    turn = 0
+    for place, seen in each(look, questions, workers, _lost):
+        waiting[place] = seen
+        while turn in waiting:
+            yield waiting.pop(turn)
+            turn += 1
+
+
+def _lost(question: Question) -> Seen:
+    return Seen("unreadable", f"{question.audio}: {LOST}")
 
 
 def summarise(manifest: Manifest, seen: list[Seen]) -> dict:
@@ -84,7 +93,7 @@ def summarise(manifest: Manifest, seen: list[Seen]) -> dict:
         "rows": len(manifest.questions) + len(manifest.problems),
         "ok": len(good),
         "seconds": round(sum(one.seconds for _, one in good), 3),
-        "gold": balance([(q.answer, len(q.choices)) for q, _ in good]),
+        "gold": balance([(q.answer, len(q.choices)) for q, _ in good if q.answer is not None]),
         "rates": {f"{hz} Hz x {channels}": n for (hz, channels), n in
                   sorted(Counter((one.hz, one.channels) for _, one in good).items())},
         "problems": [asdict(p) for p in sorted(problems, key=lambda p: p.line)],
@@ -113,11 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, help="folder that audio paths start from (default: the manifest's)")
     parser.add_argument("--fast", action="store_true", help="headers only: misses NaN, silence and most damage")
     parser.add_argument("--max-seconds", type=float, default=30.0, help="longest clip (default: 30, as in training)")
+    parser.add_argument("--hidden", action="store_true", help="answers may be withheld (null), as benchmarks do")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(arguments)
     try:
-        manifest = read(args.manifest, root=args.root)
+        manifest = read(args.manifest, root=args.root, hidden=args.hidden)
     except (OSError, ValueError) as error:
         print(f"cannot read: {error}", file=sys.stderr)
         return 2

@@ -78,9 +78,12 @@ class Files:
         whole = [path for first, _, path in candidates if first is None]
         if start is None:
             return Found(whole[0]) if len(whole) == 1 else None
-        for unit in (1.0, 1000.0):  # seconds, or AudioSet's milliseconds
-            for first, last, path in candidates:
-                near = first is not None and abs(first / unit - start) < SECONDS
-                if near and (last is None or end is None or abs(last / unit - end) < SECONDS):
-                    return Found(path)
+        for unit in (1.0, 1000.0):  # seconds, or AudioSet's milliseconds: a whole second at least, or none
+            near = [(last is not None and end is not None, path) for first, last, path in candidates
+                    if first is not None and (unit == 1 or first == 0 or first >= unit)
+                    and abs(first / unit - start) < SECONDS
+                    and (last is None or end is None or abs(last / unit - end) < SECONDS)]  # fmt: skip
+            surest = [path for both, path in near if both] or [path for _, path in near]
+            if surest:
+                return Found(surest[0]) if len(surest) == 1 else None
         return Found(whole[0], start, end) if len(whole) == 1 else None

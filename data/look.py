@@ -1,23 +1,17 @@
-"""What state is a clip in? Many of them at once, in processes of their own that a hostile file may bring down."""
+"""What state is a clip in? Many of them at once (data.pool), with a journal that a killed run goes on from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import resource
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
+from functools import partial
 from pathlib import Path
 
 from data.audio import ClipError, decode
-
-MEMORY = 4 * 2**30  # bytes of address space a process may take: the longest clip allowed needs half a gigabyte
-CHUNK = 16  # clips handed over at a time
+from data.pool import LOST, MEMORY, each
 
 
 @dataclass(frozen=True)
@@ -87,58 +81,13 @@ def file_hash(path: Path, span: tuple[int, int] | None = None) -> str:
 
 
 def _looks(jobs: list[Job], min_seconds: float, max_seconds: float, workers: int) -> Iterator[tuple[Job, Look]]:
-    if not workers:
-        for job in jobs:
-            yield job, look(job, min_seconds, max_seconds)
-        return
-    chunks = [jobs[i : i + CHUNK] for i in range(0, len(jobs), CHUNK)]
-    chunks.reverse()
-    while chunks:
-        running = {}
-        # Not forked: a child of a process with threads may wait for ever for a lock that one of them held.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_limit) as pool:
-            try:
-                while chunks or running:
-                    while chunks and len(running) < 2 * workers:
-                        chunk = chunks.pop()
-                        running[pool.submit(_look_at, chunk, min_seconds, max_seconds)] = chunk
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        seen = future.result()
-                        yield from zip(running.pop(future), seen, strict=True)
-            except BrokenProcessPool:
-                pass  # one of the chunks in flight did it: its clips are looked at one by one
-        yield from _one_by_one([job for chunk in running.values() for job in chunk], min_seconds, max_seconds)
+    judge = partial(look, min_seconds=min_seconds, max_seconds=max_seconds)
+    for place, seen in each(judge, jobs, workers, _lost):
+        yield jobs[place], seen
 
 
-def _one_by_one(jobs: list[Job], min_seconds: float, max_seconds: float) -> Iterator[tuple[Job, Look]]:
-    """Each in turn in one process, and in a new one after a clip has brought it down."""
-    left = iter(jobs)
-    job = next(left, None)
-    while job is not None:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_limit) as pool:
-            try:
-                while job is not None:
-                    yield job, pool.submit(look, job, min_seconds, max_seconds).result()
-                    job = next(left, None)
-            except BrokenProcessPool:
-                yield job, Look("unreadable", f"{job.path}: the process that decoded it died")
-                job = next(left, None)
-
-
-def _look_at(jobs: list[Job], min_seconds: float, max_seconds: float) -> list[Look]:
-    return [look(job, min_seconds, max_seconds) for job in jobs]
-
-
-def _limit() -> None:
-    """What a process does first: it bounds its memory, and leaves when the one that started it is killed."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    parent_process().join()
-    os._exit(1)
+def _lost(job: Job) -> Look:
+    return Look("unreadable", f"{job.path}: {LOST}")
 
 
 def _key(job: Job, min_seconds: float, max_seconds: float) -> str:

@@ -140,6 +140,7 @@ def parse(raw: bytes) -> dict:
 def question_of(row: dict, root: Path, *, hidden: bool = False) -> Question:
     """A manifest row as a Question; `root` is an absolute path without links. Raises RowError."""
     _check_keys(row, hidden)
+    _check_line(row)
     for key in ("id", "audio", "question"):
         _check_text(key, row[key])
     _check_choices(row["choices"], printed=row.get("benchmark") is not None)
@@ -175,6 +176,19 @@ def _check_keys(row: dict, hidden: bool) -> None:
             raise RowError("bad_type", f"key {key!r} must be {kind.__name__}, got {value!r}"[:300])
 
 
+def _check_line(row: dict) -> None:
+    """What is accepted can be written again, in a line that `parse` accepts."""
+    try:
+        size = len(json.dumps(row, ensure_ascii=False).encode())
+    except UnicodeEncodeError as error:
+        near = error.object[max(0, error.start - 30) : error.end]
+        raise RowError("bad_text", f"half a surrogate pair in the row, at the end of {near!r}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError("bad_type", f"not to be written as JSON: {error}"[:300]) from error
+    if size > LONGEST_LINE:
+        raise RowError("bad_json", f"a row of {size} bytes, at most {LONGEST_LINE} are read")
+
+
 def _check_text(key: str, text) -> None:
     if not isinstance(text, str):
         raise RowError("bad_type", f"key {key!r}: {text!r} must be str"[:300])
@@ -182,8 +196,8 @@ def _check_text(key: str, text) -> None:
         raise RowError("empty_text", f"key {key!r} is empty")
     if SPECIAL_TOKEN.search(text):
         raise RowError("special_token", f"key {key!r}: {text!r} holds a chat or audio token, which breaks the prompt")
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise RowError("bad_text", f"key {key!r}: {text!r} holds a NUL or half a surrogate pair")
+    if "\0" in text:
+        raise RowError("bad_text", f"key {key!r}: {text!r} holds a NUL")
 
 
 def _check_choices(choices: list, *, printed: bool) -> None:

@@ -12,6 +12,7 @@ from string import ascii_uppercase
 from data.manifest import RowError
 
 MARK = r"(?:\({0}\)|{0}[.):])(?=\s|$)\s*"  # "A. ", "A) ", "A: ", "(A) "
+LONGEST_INVITATION = 200  # characters: looked for in more of them, it takes a minute over a page of blanks
 LONGEST_LITERAL = 20_000  # characters: Python's parser takes long over deep ones
 
 
@@ -85,7 +86,8 @@ def within(text: str) -> tuple[str, list[str]]:
             at = end
         if len(options) >= 2:
             return _asked(head), options
-    if found := re.search(r"\[\s*['\"].*['\"]\s*\]", text, re.DOTALL):
+    ends = [end.end() for end in re.finditer(r"['\"]\s*\]", text)] or [0]  # first: a list that never ends takes long
+    if found := re.search(r"\[\s*['\"].*['\"]\s*\]", text[: ends[-1]], re.DOTALL):
         return _asked(text[: found.start()]), listed(found.group())
     raise RowError("num_choices", f"no options in {text!r}: they stand as 'A. text' lines, (A) text or a list"[:400])
 
@@ -93,7 +95,8 @@ def within(text: str) -> tuple[str, list[str]]:
 def _asked(head: str) -> str:
     """The question without "Choices:" or "Please choose the answer from the following options:" behind it."""
     invitation = r"\s*(?:(?:please )?(?:choose|select)[^?.]*)?(?:choices|options)\s*:\s*$"
-    return re.sub(invitation, "", head, flags=re.IGNORECASE).strip()
+    near = max(0, len(head) - LONGEST_INVITATION)
+    return (head[:near] + re.sub(invitation, "", head[near:], flags=re.IGNORECASE)).strip()
 
 
 def _literal(text: str):

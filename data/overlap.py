@@ -14,10 +14,8 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +26,11 @@ from data.fingerprint import HZ, Fingerprint, Index, fingerprint
 from data.locate import recording
 from data.look import file_hash
 from data.manifest import read, write
+from data.pool import LOST, each
 from data.question import Question
 
-Key = tuple  # a stretch of a file: (audio, span, start, end)
+MEMORY = 16 * 2**30  # bytes of address space of a process that listens: torch's libraries take much of it
+Key = tuple  # Question.stretch
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def overlaps(train: Sequence[Question], bench: Sequence[Question], *, workers: i
         found += [Overlap("source", q.id, sources[n].id, n) for n in sorted(source_names(q)) if n in sources]
     theirs, ours = _clips(bench), _clips(train)
     heard = []
-    for q, one in _hear(theirs, workers):
+    place = {q.id: i for i, q in enumerate(theirs.values())}
+    for q, one in sorted(_hear(theirs, workers), key=lambda heard: place[heard[0].id]):
         if one.error:
             silent.append(f"benchmark {q.id}: {one.error}")
         heard.append((q, one))
@@ -84,7 +85,7 @@ def overlaps(train: Sequence[Question], bench: Sequence[Question], *, workers: i
             if same is None or other.id != same.id:
                 found.append(Overlap("sound", q.id, other.id, f"{score:.0%} of the fingerprint"))
     order = {"source": 0, "bytes": 1, "samples": 2, "sound": 3}
-    return sorted(found, key=lambda o: (order[o.kind], o.train, o.bench)), silent
+    return sorted(found, key=lambda o: (order[o.kind], o.train, o.bench)), sorted(silent)
 
 
 def source_names(q: Question) -> set[str]:
@@ -112,20 +113,18 @@ def _clips(questions: Sequence[Question]) -> dict[Key, Question]:
     """The first question on each clip."""
     clips: dict[Key, Question] = {}
     for q in questions:
-        clips.setdefault(_key(q), q)
+        clips.setdefault(q.stretch, q)
     return clips
 
 
-def _key(q: Question) -> Key:
-    return q.audio, q.span, q.start, q.end
-
-
 def _hear(clips: dict[Key, Question], workers: int) -> Iterator[tuple[Question, Heard]]:
-    if not workers:
-        yield from zip(clips.values(), map(hear, clips), strict=True)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from zip(clips.values(), pool.map(hear, clips, chunksize=8), strict=True)
+    questions = list(clips.values())
+    for place, one in each(hear, list(clips), workers, _lost, memory=MEMORY):
+        yield questions[place], one
+
+
+def _lost(key: Key) -> Heard:
+    return Heard(error=f"{key[0]}: {LOST}")
 
 
 def hear(key: Key) -> Heard:
@@ -137,6 +136,8 @@ def hear(key: Key) -> Heard:
         return Heard(f"{file_hash(audio, span)} {start} {end}", at_16k.sha256, fingerprint(resample(clip, HZ).samples))
     except ClipError as error:
         return Heard(error=str(error))
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's word for no memory
+        return Heard(error=f"{audio}: cannot be heard whole ({str(error)[:200] or 'no memory'})")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -173,8 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
         if silent:
             print(f"{len(silent)} clips could not be compared but by source, such as {silent[0]}")
     if args.clean:
-        dirty = {_key(q) for q in train if q.id in {o.train for o in found}}
-        kept = [q for q in train if _key(q) not in dirty]
+        dirty = {q.stretch for q in train if q.id in {o.train for o in found}}
+        kept = [q for q in train if q.stretch not in dirty]
         write(args.clean, kept, (args.train_root or args.train.parent).resolve())
         print(f"{len(kept)} of {len(train)} questions in {args.clean}", file=sys.stderr)
     return 1 if found else 0

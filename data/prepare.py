@@ -91,6 +91,8 @@ def drafts(source: Source, wish: Wish, files: Files) -> Iterator[Draft]:
             value = {wish.rename.get(k, k): v for k, v in given.value.items()}
             try:
                 row = source.convert(value)
+                if source.benchmark:
+                    row["meta"] = (row.get("meta") or {}) | {"row": _plain(given.value)}
             except RowError as error:
                 yield Draft(given.file, given.number, None, None, error)
                 continue
@@ -106,8 +108,6 @@ def drafts(source: Source, wish: Wish, files: Files) -> Iterator[Draft]:
                 row["id"] = f"{base}_qa_{counts[base]}"
                 counts[base] += 1
             row["id"] = str(row["id"])
-            if source.benchmark:
-                row["meta"] = (row.get("meta") or {}) | {"row": _plain(given.value)}
             row = {"license": source.license} | row
             row = {k: v for k, v in row.items() if v is not None or k == "answer"}
             yield Draft(given.file, given.number, row, _job(audio, row, wish, files), audio=name)
@@ -186,8 +186,9 @@ def _write(source: Source, wish: Wish, rows: Iterator[Draft], looks: dict[Job, L
                     "sha256": seen_clip.sha256}  # fmt: skip
             log.write(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False) + "\n")
     report = {
-        "source": source.name, "manifest": str(wish.out), "root": str(wish.root), "rows": sum(states.values()),
-        "present": present, "kept": kept, "states": dict(states.most_common()), "seconds": round(seconds, 3),
+        "source": source.name, "benchmark": source.benchmark, "manifest": str(wish.out), "root": str(wish.root),
+        "rows": sum(states.values()), "present": present, "kept": kept, "states": dict(states.most_common()),
+        "seconds": round(seconds, 3),
         "sounds": len(sounds), "gold": balance(golds), "examples": {k: v for k, v in reasons.items() if k != "ok"},
         "versions": {"soundfile": soundfile.__version__, "libsndfile": soundfile.__libsndfile_version__},
     }  # fmt: skip
@@ -219,9 +220,13 @@ def _question(draft: Draft, seen: Look, wish: Wish):
 
 
 def _plain(row: dict) -> dict:
-    """A published row as JSON can hold it: without the sound's bytes."""
+    """A published row as JSON can hold it: without the sound's bytes, dates of a Parquet file as texts."""
     kept = {k: v for k, v in row.items() if not k.startswith("__")}
-    return {k: {n: x for n, x in v.items() if n != "bytes"} if isinstance(v, dict) else v for k, v in kept.items()}
+    kept = {k: {n: x for n, x in v.items() if n != "bytes"} if isinstance(v, dict) else v for k, v in kept.items()}
+    try:
+        return json.loads(json.dumps(kept, default=lambda value: None if isinstance(value, bytes) else str(value)))
+    except (TypeError, ValueError, RecursionError) as error:  # keys that are no texts, a nest too deep
+        raise RowError("bad_type", f"not to be kept as JSON: {error}"[:300]) from error
 
 
 def show(report: dict) -> None:
@@ -233,7 +238,8 @@ def show(report: dict) -> None:
         print("".join(c if c.isprintable() else "?" for c in f"  {state:<15}{count:>8}{example}"[:220]))
     print(f"gold    {report['gold']['text']}")
     if Path(report["manifest"]).resolve().parent != Path(report["root"]):
-        print(f"audio   lies under {report['root']}: train with data.train.root={report['root']}")
+        key = f"evaluate with bench.{report['source']}" if report["benchmark"] else "train with data.train"
+        print(f"audio   lies under {report['root']}: {key}.root={report['root']}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -282,6 +288,10 @@ def _wish(args: argparse.Namespace, source: Source) -> Wish:
     for path in args.files:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
+        # The second reading would find what the first has written.
+        out = args.out.resolve()
+        if out == path.resolve() or (path.is_dir() and path.resolve() in out.parents):
+            raise ValueError(f"--out {args.out} lies where {path} is read from: give another folder")
     if wrong := [c for c in args.column if c.count("=") != 1]:
         raise ValueError(f"--column {wrong[0]!r}: OURS=THEIRS, such as question=Frage")
     first = args.files[0]

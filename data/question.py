@@ -40,6 +40,11 @@ class Question:
     def gold(self) -> str:
         return self.choices[self.answer]
 
+    @property
+    def stretch(self) -> tuple[Path, tuple[int, int] | None, float | None, float | None]:
+        """What is heard: (audio, span, start, end). Questions on one clip have the same."""
+        return self.audio, self.span, self.start, self.end
+
     def shuffled(self, seed: int, epoch: int) -> Question:
         """The same question with its options in the order of (seed, epoch, id), whatever was asked before it."""
         key = hashlib.sha256(f"{seed} {epoch} {self.id}".encode()).digest()

@@ -66,7 +66,7 @@ def read(path: Path) -> Iterator[Row]:
 
 def _csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        table = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        table = csv.reader(_lines(file), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         header, number = None, 0
         while True:
             try:
@@ -78,6 +78,8 @@ def _csv(path: Path) -> Iterator[Row]:
                 return
             if header is None:
                 header = cells
+                if len(header) == 1 and ";" in header[0]:
+                    raise ValueError(f"{path}: columns stand between semicolons: save it with commas, or tabs as .tsv")
                 if len(set(header)) < len(header):
                     raise ValueError(f"{path}: two columns have the same name: {', '.join(header)}"[:500])
             elif cells:
@@ -87,6 +89,13 @@ def _csv(path: Path) -> Iterator[Row]:
                 else:
                     message = f"{len(cells)} cells under {len(header)} columns"
                     yield Row(str(path), number, None, RowError("bad_csv", message))
+
+
+def _lines(file) -> Iterator[str]:
+    while line := file.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise csv.Error(f"a line of more than {LONGEST_LINE} characters")
+        yield line
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -190,13 +199,15 @@ def _members(path: Path, file) -> Iterator[tuple[str, str, tarfile.TarInfo | Row
         with tarfile.open(fileobj=_Capped(file), mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # else it remembers them all
+                if member.size < 0:  # a pax header may say so: the next member would lie before this one, for ever
+                    raise tarfile.ReadError(f"a member of {member.size} bytes")
                 if member.isdir():
                     continue
                 folder, name = os.path.split(member.name)
                 name, _, kind = name.partition(".")
                 key, kind = f"{folder}/{name}" if folder else name, kind.lower()
                 yield key, kind, _refusal(member, kind, size) or member
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:  # headers about headers
         yield "", "", RowError("bad_tar", f"damaged here, the rest is lost: {error}"[:300])
 
 

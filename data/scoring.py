@@ -78,6 +78,7 @@ RULES: dict[str, Callable[[str, Sequence[str], int], bool]] = {
     "dcase2025": whole_text,
     "dcase2026": whole_text,
 }
+LETTERED = ("mmsu", "air_bench", "muchomusic")  # rules that read a letter: of the bare text "Drums" they make D
 
 
 def official(prediction: str, choices: Sequence[str], answer: int, benchmark: str) -> bool:

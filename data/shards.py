@@ -19,6 +19,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,7 +45,7 @@ def write(questions: Sequence[Question], folder: str | Path, *, per_shard: int =
     folder.mkdir(parents=True, exist_ok=True)
     clips: dict[tuple, list[Question]] = defaultdict(list)
     for q in questions:
-        clips[q.audio, q.span, q.start, q.end].append(q)
+        clips[q.stretch].append(q)
     groups = list(clips.values())
     parts = [groups[i : i + per_shard] for i in range(0, len(groups), per_shard)]
     pack = partial(_pack, folder=folder, hz=hz, max_seconds=max_seconds)
@@ -152,6 +153,10 @@ def main(arguments: list[str] | None = None) -> int:
                        max_seconds=args.max_seconds, workers=args.workers)  # fmt: skip
     except (OSError, ValueError) as error:
         print(f"cannot pack: {error}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print("cannot pack: a process died, of a clip or for want of memory; `python -m data.check` finds the clip, "
+              "shards that were finished are kept", file=sys.stderr)  # fmt: skip
         return 2
     print(f"{len(packed)} questions in {packed.path}")
     return 0

@@ -83,9 +83,8 @@ def listener(model: str | Path, *, checkpoint="best", processor=None, prompt=Non
     """A Listener for whatever `model` names (grpo/load.py). Raises ConfigError."""
     found = find(model, checkpoint, processor)
     policy = open_policy(found, prompt_of(found, prompt), dtype=dtype)
-    return Listener(
-        policy, max_tokens=max_tokens or found.max_tokens or 512, name=str(model), window=window, batch=batch
-    )
+    name = str(model) if found.step is None else f"{model} step {found.step}"
+    return Listener(policy, max_tokens=max_tokens or found.max_tokens or 512, name=name, window=window, batch=batch)
 
 
 def ask(audio: str | Path, text: str, choices: Sequence[str]) -> Question:
@@ -156,13 +155,18 @@ def batch(listener: Listener, manifest: Path, out: Path) -> int:
 
     Returns the number of rows that have no option. Raises ConfigError for a manifest with bad rows.
     """
-    questions = read_manifest(manifest, hidden=True)
+    if out.resolve() == manifest.resolve():
+        raise ConfigError(f"--out {out} is the manifest itself: give another file")
+    try:
+        questions = read_manifest(manifest, hidden=True)
+    except ValueError as error:  # a file without a row
+        raise ConfigError(str(error)) from error
     if questions.problems:
         p = questions.problems[0]
         raise ConfigError(f"{len(questions.problems)} rows of {manifest} are bad, the first: line {p.line} {p.reason}: "
                           f"{p.message}. See all with `python -m data.check {manifest}`")  # fmt: skip
     done = keep_whole(out)
-    if odd := {(r["model"], r["prompt_hash"]) for r in done.values()} - {(listener.name, listener.prompt_hash)}:
+    if odd := {(r.get("model"), r.get("prompt_hash")) for r in done.values()} - {(listener.name, listener.prompt_hash)}:
         raise ConfigError(f"{out} holds answers of {next(iter(odd))[0]}: give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
@@ -207,6 +211,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--server", metavar="URL", help="ask a server of `python -m grpo.serve` instead")
     arguments(parser)
     args = parser.parse_args(words)
+    for word, value in (("--max-tokens", args.max_tokens), ("--window", args.window)):
+        if value is not None and not value > 0:
+            parser.error(f"{word} must be above 0, got {value}")
     try:
         if args.manifest:
             if args.audio or args.choices or not args.out or args.server:

@@ -58,6 +58,9 @@ def open_benchmark(name: str, spec: Mapping) -> Benchmark:
                           f"bench.{name}.path (or BENCH_DIR, the folder of them all)") from error  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"bench.{name}: {error}") from error
+    if (clips := [q.audio for q in manifest]) and not any(clip.exists() for clip in clips):
+        raise ConfigError(f"bench.{name}: no clip of {path} is there, such as {clips[0]}: set bench.{name}.root, the "
+                          f"folder that its audio paths start from")  # fmt: skip
     if spec["rule"] not in RULES:
         raise ConfigError(f"bench.{name}.rule={spec['rule']}: there is no such rule, only {', '.join(RULES)}")
     limits = {k: float(spec[k]) for k in ("min_seconds", "max_seconds") if spec.get(k) is not None}

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -66,7 +67,7 @@ def evaluate(cfg: DictConfig, folder: Path, display) -> dict:
             for probe in cfg.probes:
                 runs = [asker.ask(bench, v, folder / bench.name) for v in
                         variants(probe, questions, clip, seed=cfg.seed, permutations=cfg.permutations)]  # fmt: skip
-                figures["probes"][probe] = permuted(runs) if probe == "permuted" else summary(runs[0])
+                figures["probes"][probe] = permuted([rows, *runs]) if probe == "permuted" else summary(runs[0])
             figures["against"] = _compare(rows, others[bench.name])
             if cfg.limit is None:
                 submit(folder / bench.name, questions, rows)
@@ -167,7 +168,7 @@ class Asker:
         self.display.stop()
         rows = [done[q.id] for q in variant.questions]
         if self.cfg.limit is None:
-            rows += [_bad_row(bench, problem) for problem in bench.problems]
+            rows += bad_rows(bench)
         write_lines(path, rows)
         return rows
 
@@ -205,7 +206,9 @@ def facts(question) -> dict:
 
 def official_text(answer, rule: str) -> str:
     """What the official scorer is given: the chosen option's bare text, or its letter where the rule reads letters."""
-    if rule in ("mmsu", "air_bench") and answer.choice is not None:
+    from data.scoring import LETTERED
+
+    if rule in LETTERED and answer.choice is not None:
         return ascii_uppercase[answer.choice]
     return answer.bare
 
@@ -237,19 +240,31 @@ def refuse_bare(base: str) -> None:
 
 
 def keep_whole(path: Path) -> dict[str, dict]:
-    """The whole lines of a file of predictions by id; a line that a kill cut off is taken away."""
+    """The whole lines of a file of predictions by id; the last is taken away where a kill cut it off.
+
+    Raises ConfigError, and leaves the file as it is, where it holds anything else.
+    """
+    from grpo.config import ConfigError
+
     if not path.exists():
         return {}
-    rows = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["state"] != "bad row":
-            rows[row["id"]] = row
-    write_lines(path, rows.values())
-    return rows
+    *whole, _ = path.read_bytes().split(b"\n")
+    rows = [_line(raw) for raw in whole]
+    if None in rows:
+        raise ConfigError(f"line {rows.index(None) + 1} of {path} is no prediction: another file, or a damaged one; "
+                          f"give another name, or move it away")  # fmt: skip
+    kept = {row["id"]: row for row in rows if row["state"] != "bad row"}
+    write_lines(path, kept.values())
+    return kept
+
+
+def _line(raw: bytes) -> dict | None:
+    """A line of a file of predictions; None if it is something else."""
+    try:
+        row = json.loads(raw)
+    except (ValueError, RecursionError):  # ValueError: half a character too
+        return None
+    return row if isinstance(row, dict) and {"id", "state"} <= row.keys() else None
 
 
 def write_lines(path: Path, rows) -> None:
@@ -266,11 +281,17 @@ def _first(question):
     return Answer(question, "ok", 0, answer=question.choices[0])
 
 
-def _bad_row(bench, problem) -> dict:
+def bad_rows(bench) -> list[dict]:
+    """The rows that could not be asked, as wrong answers. Each under an id of its own: theirs may be the fault."""
+    taken = Counter([q.id for q in bench.questions] + [p.id for p in bench.problems])
+    return [_bad_row(bench, p, p.id if p.id and taken[p.id] == 1 else f"line {p.line}") for p in bench.problems]
+
+
+def _bad_row(bench, problem, name: str) -> dict:
     empty = dict.fromkeys(("audio", "start", "end", "question", "think", "semantic_elements", "answer", "chosen",
                            "letter", "gold", "gold_letter"))  # fmt: skip
     return empty | {
-        "id": problem.id or f"line {problem.line}", "bench": bench.name, "clip_sha256": "", "choices": [], "order": [],
+        "id": name, "bench": bench.name, "clip_sha256": "", "choices": [], "order": [],
         "completion": "", "prediction": "", "state": "bad row", "strict": False, "official": False,
         "official_verbatim": False, "tokens": 0, "prompt_tokens": 0, "truncated": False, "hidden": False,
         "problem": f"{problem.file}:{problem.line} {problem.reason}: {problem.message}", "meta": {},
@@ -279,13 +300,15 @@ def _bad_row(bench, problem) -> dict:
 
 def _note(bench, limit: int | None) -> str:
     asked = len(bench.questions) + len(bench.problems)
-    parts = [f"A slice of {min(limit, asked)} of {asked} items: not the benchmark's number."] if limit else []
+    some = min(limit or asked, len(bench.questions))
+    parts = [f"A slice of {some} of {asked} items: not the benchmark's number."] if limit else []
     if bench.items and asked != bench.items:
         parts.append(f"The manifest has {asked} items, the official release {bench.items}.")
     if hidden := sum(q.answer is None for q in bench.questions):
         parts.append(f"{hidden} answers are withheld by the benchmark: predicted, not scored.")
     if bench.problems:
-        parts.append(f"{len(bench.problems)} rows could not be used; they count as wrong.")
+        counted = "are not in the slice" if limit else "count as wrong"
+        parts.append(f"{len(bench.problems)} rows could not be used; they {counted}.")
     return " ".join([*parts, f"Manifest {bench.sha256[:12]}, official rule {bench.rule}."])
 
 
@@ -298,7 +321,10 @@ def _against(folder: str | None, bench: str) -> list[dict] | None:
     path = Path(folder) / bench / "predictions.jsonl"
     if not path.exists():
         raise ConfigError(f"against={folder}: {path} does not exist")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [_line(raw) for raw in path.read_bytes().split(b"\n") if raw]
+    if None in rows:
+        raise ConfigError(f"against={folder}: line {rows.index(None) + 1} of {path} is no prediction: let that run end")
+    return rows
 
 
 def _compare(rows: Sequence[Mapping], other: Sequence[Mapping] | None) -> dict:

@@ -41,10 +41,11 @@ class Found:
 
     @property
     def identity(self) -> dict:
-        """What is written beside every number: base, adapter by hash, step."""
-        weights = self.adapter / "adapter_model.safetensors" if self.adapter else None
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:12] if weights else None
-        return {"model": self.name, "base": self.base, "adapter_sha256": digest, "step": self.step}
+        """What is written beside every number: base and adapter by name and hash (a base on the hub by name), step."""
+        adapter = [self.adapter / "adapter_model.safetensors"] if self.adapter else []
+        base = sorted(Path(self.base).glob("*.safetensors"))
+        return {"model": self.name, "base": self.base, "base_sha256": _digest(base), "adapter_sha256": _digest(adapter),
+                "step": self.step}  # fmt: skip
 
 
 def find(name: str | Path, checkpoint: str | int = "best", processor: str | None = None) -> Found:
@@ -90,8 +91,10 @@ def _run(folder: Path, checkpoint: str | int, processor: str | None) -> Found:
         if named is None:
             raise ConfigError(f"{folder} has no checkpoint yet")
         adapter = pointers / named["folder"]
-    else:
+    elif str(checkpoint).isdecimal():
         adapter = pointers / f"step-{int(checkpoint):06d}"
+    else:
+        raise ConfigError(f"checkpoint {checkpoint!r} of {folder} must be best, last or the number of a step")
     whole = (adapter / "model.safetensors.index.json").exists()
     if not whole and not (adapter / "adapter_config.json").exists():
         there = ", ".join(sorted(p.name for p in pointers.glob("step-*")))
@@ -148,6 +151,8 @@ def open_policy(found: Found, prompt, *, dtype: str | None = None, attention: st
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or found.dtype or ("bfloat16" if device == "cuda" else "float32")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype {dtype!r} must be float32, bfloat16 or float16")
     adapter = None
     if found.adapter is not None and lora:
         said = json.loads((found.adapter / "adapter_config.json").read_text())
@@ -162,6 +167,16 @@ def open_policy(found: Found, prompt, *, dtype: str | None = None, attention: st
     if adapter:
         policy.load_adapter(load_file(found.adapter / "adapter_model.safetensors"))
     return policy.eval().requires_grad_(False)
+
+
+def _digest(files: list[Path]) -> str | None:
+    """12 hex digits of the files' SHA-256, a block at a time; None for no files."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()[:12] if files else None
 
 
 def _json(path: Path) -> dict | None:

@@ -58,13 +58,13 @@ def other_clips(questions: Sequence[Question], seed: int) -> dict[str, Question]
 
     Raises ConfigError where all questions are about one clip.
     """
-    owners = {_stretch(q): q for q in questions}
+    owners = {q.stretch: q for q in questions}
     circle = list(owners)
     if len(circle) < 2:
         raise ConfigError("probes: shuffled needs questions about at least two clips")
     random.Random(seed).shuffle(circle)
     after = dict(zip(circle, [*circle[1:], circle[0]], strict=True))
-    return {q.id: owners[after[_stretch(q)]] for q in questions}
+    return {q.id: owners[after[q.stretch]] for q in questions}
 
 
 def order(question: Question, seed: int, k: int) -> list[int]:
@@ -82,10 +82,6 @@ def _permuted(questions: Sequence[Question], clip: Callable, seed: int, k: int) 
                      answer=None if q.answer is None else places.index(q.answer))
              for q, places in zip(questions, orders, strict=True)]  # fmt: skip
     return Variant(f"permuted-{k}", shown, clip, orders)
-
-
-def _stretch(q: Question) -> tuple:
-    return q.audio, q.span, q.start, q.end
 
 
 def _silence(clip: Clip) -> Clip:

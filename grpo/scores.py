@@ -59,8 +59,8 @@ def summary(rows: Sequence[Mapping]) -> dict:
 
 
 def paired(mine: Iterable[Mapping], theirs: Iterable[Mapping], rule: str) -> dict:
-    """McNemar's comparison by id: n shared, right in one of the two only, and the exact p."""
-    a, b = ({row["id"]: bool(row[rule]) for row in rows} for rows in (mine, theirs))
+    """McNemar's comparison by id: n shared, right in one of the two only, and the exact p. Withheld answers apart."""
+    a, b = ({row["id"]: bool(row[rule]) for row in rows if not row.get("hidden")} for rows in (mine, theirs))
     shared = a.keys() & b.keys()
     only_a, only_b = sum(a[i] and not b[i] for i in shared), sum(b[i] and not a[i] for i in shared)
     return {"n": len(shared), "not_shared": len(a.keys() ^ b.keys()), "only_this": only_a, "only_other": only_b,
@@ -68,23 +68,30 @@ def paired(mine: Iterable[Mapping], theirs: Iterable[Mapping], rule: str) -> dic
 
 
 def permuted(runs: Sequence[Sequence[Mapping]]) -> dict:
-    """Consistency and correctness over runs with other orders of the choices (arXiv 2510.04584).
+    """Consistency and correctness over runs with different orders of the choices (arXiv 2510.04584).
 
     consistency: share of agreeing pairs among an item's runs, mean over items; no option agrees with nothing.
     correctness: share of an item's runs that are right, mean over items.
+    Of runs that asked an item in one and the same order (two options have two) one counts: it agrees with itself.
     """
-    by_id = defaultdict(list)
-    for run in runs:
+    by_id: dict[str, dict[tuple, Mapping]] = defaultdict(dict)
+    for number, run in enumerate(runs):
         for row in run:
-            by_id[row["id"]].append(row)
-    agree = [mean(a["chosen"] is not None and a["chosen"] == b["chosen"] for a, b in combinations(rows, 2))
-             for rows in by_id.values() if len(rows) > 1]  # fmt: skip
-    right = [mean(bool(row["strict"]) for row in rows) for rows in by_id.values() if not rows[0].get("hidden")]
+            by_id[row["id"]].setdefault(tuple(row["order"] or [number]), row)  # a bad row has no order
+    items = [list(rows.values()) for rows in by_id.values()]
+    agree = [mean(_option(a) is not None and _option(a) == _option(b) for a, b in combinations(rows, 2))
+             for rows in items if len(rows) > 1]  # fmt: skip
+    right = [mean(bool(row["strict"]) for row in rows) for rows in items if not rows[0].get("hidden")]
     return {
         "runs": len(runs),
         "consistency": mean(agree or [0.0]),
         "correctness": mean(right or [0.0]),
     }
+
+
+def _option(row: Mapping) -> str | None:
+    """The text of the option that was chosen: one that is printed twice is one option."""
+    return None if row["chosen"] is None else row["choices"][list(row["order"]).index(row["chosen"])]
 
 
 # ---------------------------------------------------------------- for people
@@ -121,7 +128,7 @@ def _line(group: str, value: str, rules: Mapping) -> str:
 
 def _probe(value: Mapping, plain: float) -> str:
     if "consistency" in value:
-        return (f"{value['runs']} other orders, consistency {value['consistency']:.3f}, "
+        return (f"{value['runs']} runs in different orders, consistency {value['consistency']:.3f}, "
                 f"correctness {value['correctness']:.3f}")  # fmt: skip
     strict = value["total"]["strict"]
     return (f"strict {strict['accuracy']:.3f} ({strict['low']:.3f} to {strict['high']:.3f}), "

@@ -165,6 +165,7 @@ class Fine:
         """This rank's questions of the step with their targets. A clip that cannot be read gives its place away."""
         from data.audio import ClipError
         from grpo.batch import Completion, Group
+        from grpo.config import RunError
 
         while True:
             batch = self.sampler.batch(step, frozenset(self.quarantined))
@@ -181,9 +182,9 @@ class Fine:
                 self.quarantined[name] = reason
                 self.display.say(f"quarantined {name} ({reason}): {message}")
             if len(self.quarantined) > self.max_bad * len(self.taught.questions):
-                raise RuntimeError(f"{len(self.quarantined)} of {len(self.taught.questions)} training clips could not "
-                                   f"be read, more than data.max_bad_fraction allows; look at them with `python -m "
-                                   f"data.check`")  # fmt: skip
+                raise RunError(f"{len(self.quarantined)} of {len(self.taught.questions)} training clips could not be "
+                               f"read, more than data.max_bad_fraction allows; look at them with `python -m "
+                               f"data.check`")  # fmt: skip
 
     def evaluate(self) -> float:
         from grpo.predict import heldout_accuracy
@@ -286,6 +287,7 @@ def run(cfg: DictConfig) -> float:
     from grpo.config import ConfigError, RunError, check_targets
     from grpo.display import Display
     from grpo.engine import stop_distributed
+    from grpo.rollout import RolloutError
 
     stopping = install()
     display = Display(int(os.environ.get("RANK", 0)), cfg.log.every)
@@ -295,7 +297,7 @@ def run(cfg: DictConfig) -> float:
         summary = Fine(cfg, Path(HydraConfig.get().runtime.output_dir), display).train()
         stop_distributed()
         return summary["accuracy/final"] if summary else stopping.leave()
-    except (ConfigError, RunError) as error:
+    except (ConfigError, RunError, RolloutError) as error:
         display.stop()
         sys.exit(f"error: {error}")
 

@@ -112,6 +112,7 @@ def test_length_limits(tmp_path):
     assert reason(path, min_seconds=2.001) == "too_short"
     assert reason(path, start=1.98, end=2.0) == "too_short"
     assert load(path, min_seconds=2, max_seconds=2).seconds == 2.0
+    assert reason(path, start=1.0, end=1.00001, min_seconds=0) == "too_short"
 
 
 @pytest.mark.parametrize(

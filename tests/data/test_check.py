@@ -62,6 +62,13 @@ def test_all_good_and_too_long(manifest, capsys):
     assert '"too_long"' in capsys.readouterr().out
 
 
+def test_withheld_answers_are_asked_for(manifest, capsys):
+    row = json.loads(manifest.read_text().splitlines()[0]) | {"answer": None}
+    manifest.write_text(json.dumps(row) + "\n")
+    assert check.main([str(manifest)]) == 1 and "must be int, got None" in capsys.readouterr().out
+    assert check.main([str(manifest), "--hidden"]) == 0 and "gold    none" in capsys.readouterr().out
+
+
 def test_no_manifest_is_code_2(tmp_path, capsys):
     assert check.main([str(tmp_path / "no.jsonl")]) == 2
     assert "cannot read: manifest" in capsys.readouterr().err

@@ -4,7 +4,9 @@ import io
 import json
 import struct
 import tarfile
+import time
 import tracemalloc
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ import soundfile
 from data import manifest
 from data.audio import ClipError, load
 from data.check import main as check
+from data.manifest import RowError
+from data.options import within
 from data.prepare import main
 from data.rows import read
 
@@ -221,6 +225,25 @@ def test_a_tar_header_of_a_gigabyte_is_not_read(tmp_path):
     assert rows[0].value is not None and rows[-1].error.reason == "bad_tar" and peak < 20e6
 
 
+def test_a_member_that_leads_back_to_itself(tmp_path):
+    """A pax header gives a negative size: the next member is the one before, for ever (CVE-2025-8194)."""
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a.json")
+        member.pax_headers = {"size": "-2048"}
+        tar.addfile(member)
+    rows = list(islice(read(path), 10))
+    assert len(rows) == 1 and rows[0].error.reason == "bad_tar"
+
+
+def test_headers_about_headers_about_headers(tmp_path):
+    long = tarfile.TarInfo("././@LongLink")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 2
+    (tmp_path / "0.tar").write_bytes((long.tobuf(tarfile.GNU_FORMAT) + b"x".ljust(512, b"\0")) * 5000)
+    rows = list(read(tmp_path / "0.tar"))
+    assert len(rows) == 1 and rows[0].error.reason == "bad_tar"
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [
@@ -232,6 +255,7 @@ def test_a_tar_header_of_a_gigabyte_is_not_read(tmp_path):
         ("digits.json", b'[{"a": ' + b"9" * 100_000 + b"}]"),
         ("line.jsonl", b'{"a": "' + b"x" * 50_000_000 + b'"}\n{"b": 1}'),
         ("cell.csv", b"a,b\n" + b"x" * 50_000_000 + b",1\n"),
+        ("line.csv", b"a,b\n" + b"x," * 20_000_000),
         ("quote.csv", b'a,b\n"never closed,1\n' * 1000),
         ("bytes.csv", b"a,b\n\xff\xfe,1\n"),
         ("cells.csv", b"a,b\n1,2,3\n"),
@@ -249,6 +273,15 @@ def test_bombs_are_bad_rows_in_little_memory(tmp_path, name, data):
     assert rows and any(row.error for row in rows) and peak < 120e6
     if name == "line.jsonl":
         assert rows[1].value == {"b": 1}  # the rest is read
+
+
+@pytest.mark.parametrize("head", [" " * 19_900, "choose options " * 1300, "options :" * 2000, "\n" * 19_900])
+def test_a_question_that_takes_long_to_read_takes_no_time(head):
+    began = time.process_time()
+    assert within(f"{head}What?\nA. x\nB. y")[1] == ["x", "y"]
+    with pytest.raises(RowError):
+        within("['" * 9_990)
+    assert time.process_time() - began < 5  # one took minutes
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ def test_round_trip(tmp_path):
         ({"question": "What is <|AUDIO|>?"}, "special_token", "breaks the prompt"),
         ({"choices": ["dog", "x<|im_end|>"]}, "special_token", "im_end"),
         ({"question": "\ud800"}, "bad_text", "surrogate"),
+        ({"category": "\ud800"}, "bad_text", "surrogate"),
+        ({"meta": {"row": ["x\udfff"]}}, "bad_text", "surrogate"),
         ({"audio": "a\0b"}, "bad_text", "NUL"),
         ({"start": 2, "end": 1}, "bad_range", "start < end"),
         ({"start": float("nan")}, "bad_range", "seconds"),

@@ -147,6 +147,18 @@ def test_a_whole_video_is_cut_and_doubt_finds_nothing(tmp_path):
     assert recording("a dog") is None
 
 
+def test_a_clip_of_the_same_video_is_not_taken_for_another(tmp_path):
+    for file in ("abcdefghijk_30.wav", "one/abcdefghijk_60.wav", "two/abcdefghijk_60.wav", "abcdefghijk_90.wav",
+                 "abcdefghijk_90_95.wav"):  # fmt: skip
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    files = Files(tmp_path)
+    assert files.find("abcdefghijk (0-10)") is None  # the 30th second is no 30th millisecond
+    assert files.find("abcdefghijk (30-40)").path.name == "abcdefghijk_30.wav"
+    assert files.find("abcdefghijk (60-70)") is None  # two of equal right
+    assert files.find("abcdefghijk (90-95)").path.name == "abcdefghijk_90_95.wav"  # start and end before start alone
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_any_point_and_resumed_the_manifest_is_the_same(tmp_path, workers):
     """A process that looks at clips is killed with SIGKILL after so many lines of its journal, once mid-line."""
@@ -221,12 +233,11 @@ def test_a_clip_that_kills_its_process_is_found_out_alone(tmp_path):
     (tmp_path / "crash.py").write_text(
         "import os, signal\n"
         "from data import look\n"
-        "def one(job, *limits):\n"
+        "def one(job, **limits):\n"
         "    if '7' in job.path: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return look.Look('ok', job.path)\n"
-        "def many(jobs, *limits): return [one(job) for job in jobs]\n"
         "if __name__ == '__main__':\n"
-        "    look.look, look._look_at = one, many\n"
+        "    look.look = one\n"
         "    seen = dict(look._looks([look.Job(f'clip{i}') for i in range(36)], 0.1, 300.0, 1))\n"
         "    print(len(seen), *sorted(job.path for job, s in seen.items() if s.state != 'ok'))\n"
     )
@@ -246,4 +257,15 @@ def test_what_cannot_be_read_is_one_line(tmp_path, capsys):
     for file, message in [("no.csv", "does not exist"), ("t.txt", "a table ends in"), ("empty", "files of one kind")]:
         assert main(["audsem", str(tmp_path / file), "--out", str(tmp_path / "m.jsonl")]) == 2
         assert message in capsys.readouterr().err
-    assert main(["audsem", str(tmp_path), "--audio", str(tmp_path / "no"), "--out", str(tmp_path / "m.jsonl")]) == 2
+    out = tmp_path / "out" / "m.jsonl"
+    assert main(["audsem", str(tmp_path / "empty"), "--audio", str(tmp_path / "no"), "--out", str(out)]) == 2
+    assert "audio folder" in capsys.readouterr().err
+    table = tmp_path / "rows.jsonl"
+    table.write_text("{}")
+    for files, out in [(table, table), (tmp_path, tmp_path / "m.jsonl")]:  # over its source, into what it reads
+        assert main(["table", str(files), "--out", str(out)]) == 2
+        assert "is read from" in capsys.readouterr().err
+    assert table.read_text() == "{}" and not (tmp_path / "m.jsonl").exists()
+    (tmp_path / "german.csv").write_text("audio;question;answer\nx.wav;?;a\n")
+    assert main(["table", str(tmp_path / "german.csv"), "--out", str(tmp_path / "out" / "m.jsonl")]) == 2
+    assert "between semicolons" in capsys.readouterr().err

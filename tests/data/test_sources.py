@@ -1,6 +1,7 @@
 """Every published format -> manifest -> official file, with nothing lost."""
 
 import csv
+import datetime
 import io
 import json
 import tarfile
@@ -321,6 +322,8 @@ def test_parquet_with_sound_inside(tmp_path):
             "choices": ["a b", "c"],
             "answer": "c",
             "category": ["Reasoning"],
+            "released": datetime.date(2020, 1, 31),
+            "cover": {"images": [b"\x89PNG"]},
         }
         for i in range(2)
     ]
@@ -331,6 +334,7 @@ def test_parquet_with_sound_inside(tmp_path):
     one, two = manifest.read(out)
     assert one.audio == two.audio and one.audio.read_bytes() == sound["bytes"]  # kept once
     assert one.meta["row"]["context"] == {"path": "x.wav"}
+    assert (one.meta["row"]["released"], one.meta["row"]["cover"]) == ("2020-01-31", {"images": [None]})
 
 
 def test_without_pyarrow_parquet_is_one_clear_line(tmp_path, capsys, monkeypatch):

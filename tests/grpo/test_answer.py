@@ -106,3 +106,12 @@ def test_the_command(checkpoint, tmp_path, capsys):
     assert row["state"] in ("truncated", "no tag") and len(row["prompt_hash"]) == 12
     assert main(words) == 2 and "does not say which prompt" in capsys.readouterr().err
     assert main([*words[:-4], "--model", "nowhere"]) == 2 and "no model nowhere" in capsys.readouterr().err
+    words = ["--model", str(checkpoint), "--prompt", "short"]
+    assert main([clip, "What?", "--choices", "dog", "rain", *words, "--dtype", "float31"]) == 2
+    assert "'float31' must be float32" in capsys.readouterr().err
+    (tmp_path / "m.jsonl").write_text("\n")
+    for out, message in [("m.jsonl", "is the manifest itself"), ("out.jsonl", "has no rows")]:
+        assert main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / out), *words]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([clip, "What?", "--choices", "dog", "rain", *words, "--window", "-1"])

@@ -149,3 +149,59 @@ def test_the_official_rule_reads_the_bare_text():
 
     answer = read(replace(make_question("q"), answer=1), "<answer>B. rain</answer>")
     assert official_text(answer, "mmau") == "rain" and official_text(answer, "mmsu") == "B"
+    # of a musical "Drums" the published rule makes the letter D
+    answer = read(make_question("q", choices=("Drums", "Bass"), answer=0), "<answer>Drums</answer>")
+    assert official_text(answer, "muchomusic") == "A"
+
+
+def test_a_bad_row_takes_no_other_rows_place(tmp_path):
+    """A row whose fault is its id, and two bad rows of one id: nobody's answer is overwritten by id."""
+    from grpo.benchmark import Benchmark
+    from grpo.evaluate import bad_rows
+
+    row = {"id": "a", "audio": "a.wav", "question": "?", "choices": ["x", "y"], "answer": 0}
+    bad = row | {"id": "b", "answer": 7}
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in (row, row, bad, bad, bad | {"id": "c"})))
+    read = manifest.read(path)
+    rows = bad_rows(Benchmark("toy", path, "", "mmau", None, read.questions, read.problems))
+    assert [r["id"] for r in rows] == ["line 2", "line 3", "line 4", "c"] and not any(r["strict"] for r in rows)
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    from grpo.evaluate import keep_whole
+
+    path = tmp_path / "x.jsonl"
+    for text in ("my notes\n", '{"id": "a", "audio": "x"}\n{"id"', "[1]\n", "[" * 9999 + "\n"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"line 1 of .* is no prediction"):
+            keep_whole(path)
+        assert path.read_text() == text
+    whole = json.dumps({"id": "é", "state": "ok"}, ensure_ascii=False).encode() + b"\n"
+    for cut in range(1, len(whole)):  # in the middle of a character too
+        path.write_bytes(whole + whole[:cut])
+        assert list(keep_whole(path)) == ["é"] and path.read_bytes() == whole
+
+
+def test_clips_that_lie_elsewhere_are_no_result_of_zero(tmp_path):
+    from grpo.benchmark import open_benchmark
+
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.wav").touch()
+    row = {"id": "a", "audio": "a.wav", "question": "?", "choices": ["x", "y"], "answer": 0}
+    (tmp_path / "m.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'id': 'b', 'audio': 'b.wav'})}\n")
+    spec = {"path": str(tmp_path / "m.jsonl"), "rule": "mmar"}
+    with pytest.raises(ConfigError, match=r"no clip of .* is there, such as .*a\.wav: set bench\.toy\.root"):
+        open_benchmark("toy", spec)
+    found = open_benchmark("toy", spec | {"root": str(tmp_path / "clips")})
+    assert len(found.questions) == 2  # one that lacks is a wrong answer
+
+
+def test_every_benchmark_that_is_prepared_can_be_asked():
+    from data.sources import sources
+
+    for name in [source.name for source in sources().values() if source.benchmark]:
+        with initialize_config_module("conf", version_base="1.3"):
+            cfg = compose("evaluate", [f"bench=[{name}]", "weights=m"])
+        spec = OmegaConf.to_container(cfg.bench, resolve=True)[name]
+        assert spec["rule"] == name and spec["path"].endswith(f"/{name}.jsonl")

@@ -77,6 +77,16 @@ def gap_to(policy, groups):
     return gap(policy, groups)
 
 
+def test_what_answers_is_known_by_its_weights(checkpoint, run, out, tmp_path):
+    found = find(run)
+    assert found.identity["base_sha256"] == find(checkpoint).identity["base_sha256"] and found.identity["step"] == 7
+    merged = find(out).identity  # under one name and path another day other weights may lie
+    assert merged["adapter_sha256"] is None and merged["base_sha256"] not in (None, found.identity["base_sha256"])
+    assert find("owner/name").identity["base_sha256"] is None
+    with pytest.raises(ConfigError, match=r"'first' of .* must be best, last or the number of a step"):
+        find(run, "first")
+
+
 def test_merged_as_peft_merges(checkpoint, run, out):
     peft = Policy(str(checkpoint), LORA | {"targets": TARGETS}, prompt=make_prompt())
     peft.load_adapter(load_file(run / "checkpoints" / "step-000007" / "adapter_model.safetensors"))

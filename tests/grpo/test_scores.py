@@ -7,8 +7,8 @@ from grpo.scores import mcnemar, paired, permuted, summary, table, wilson
 
 def row(name, strict, chosen=0, **changes):
     return {"id": name, "strict": strict, "official": strict, "official_verbatim": False, "chosen": chosen,
-            "letter": "A", "gold_letter": "B", "state": "ok", "think": "one two", "tokens": 3,
-            "meta": {}} | changes  # fmt: skip
+            "choices": ["x", "y"], "order": [0, 1], "letter": "A", "gold_letter": "B", "state": "ok",
+            "think": "one two", "tokens": 3, "meta": {}} | changes  # fmt: skip
 
 
 def test_wilson():
@@ -36,13 +36,30 @@ def test_pairs_are_of_shared_items():
 
 def test_consistency_and_correctness():
     # a: chosen 0 0 1: one of three pairs agrees, one of three right; b: never an option: nothing agrees
-    runs = [
-        [row("a", True, 0), row("b", False, None)],
-        [row("a", False, 0), row("b", False, None)],
-        [row("a", False, 1), row("b", False, None)],
-    ]
+    def said(strict, chosen, order):
+        choices = ["xyz"[i] for i in order]
+        return [row("a", strict, chosen, choices=choices, order=order), row("b", False, None, order=order)]
+
+    runs = [said(True, 0, [0, 1, 2]), said(False, 0, [1, 2, 0]), said(False, 1, [2, 1, 0])]
     figures = permuted(runs)
     assert figures == {"runs": 3, "consistency": pytest.approx(1 / 6), "correctness": pytest.approx(1 / 6)}
+    # The same order again is no second opinion; a row without an order, that was not asked, agrees with nothing.
+    bad = [row("c", False, None, order=[], choices=[])]
+    assert permuted([runs[0], runs[0]])["consistency"] == 0.0 and permuted([bad, bad])["consistency"] == 0.0
+    # a: 1 of 3 pairs, b and c: none
+    assert permuted([run + bad for run in (*runs, runs[2])])["consistency"] == pytest.approx(1 / 9)
+
+
+def test_an_option_printed_twice_is_one_option():
+    a = row("a", True, 0, choices=["x", "y", "x"], order=[0, 1, 2])
+    b = row("a", True, 2, choices=["x", "y", "x"], order=[2, 1, 0])
+    assert permuted([[a], [b]])["consistency"] == 1.0
+
+
+def test_withheld_answers_are_not_compared():
+    mine = [row("a", True), row("b", False, hidden=True)]
+    theirs = [row("a", False), row("b", False, hidden=True)]
+    assert paired(mine, theirs, "strict")["n"] == 1 and paired(mine, theirs, "strict")["difference"] == 1.0
 
 
 def test_summary_and_table():
