@@ -72,6 +72,8 @@ serve: $(STAMP) ## vLLM's OpenAI-compatible server of an export: make serve MODE
 demo: $(STAMP) ## a web page to ask a model about a clip; MODEL=OUT, else the newest run
 	$(BIN)/python -m grpo.demo$(if $(MODEL), --model '$(MODEL)')$(if $(ARGS), $(ARGS))
 
+# Two processes share the cores already.
+test: export OMP_NUM_THREADS := 1
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP) ## run the tests; TESTS=tests/grpo runs some
 	$(BIN)/python -m pytest -q -rs --durations=10 -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(TESTS)
