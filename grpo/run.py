@@ -273,7 +273,7 @@ class Run:
                         raise FloatingPointError(
                             f"loss or gradient was not finite {state['nonfinite_in_a_row']} steps in a row "
                             f"(max_nonfinite={s.max_nonfinite}), of which nothing was learned. They are kept: "
-                            f"python -m grpo.replay {self.folder} --step {trained}"
+                            f"python -m grpo.replay_loss {self.folder} --step {trained} loss=grpo"
                         )
         except (RolloutError, SyncError, RewardError, FloatingPointError) as error:
             stop = self._asked_to_stop()

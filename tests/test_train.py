@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.grpo.test_engine import free_port
 from tests.grpo.test_metrics import documented
@@ -165,6 +167,16 @@ def test_told_to_stop_it_goes_on_to_the_same_end(work, straight, number, ranks):
         train(work, f"name={name}", "resume=true")
         assert timeless(lines(work, name)) == timeless(lines(work, "straight"))
         assert lines(work, name, "samples.jsonl") == lines(work, "straight", "samples.jsonl")
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_kept(work, straight):
+    done = train(work, "name=nan", "loss.beta=inf", "max_nonfinite=2", ok=False)  # 0 * inf: every loss is no number
+    assert "not finite 2 steps in a row" in done.stderr and "--step 2" in done.stderr
+    rows = lines(work, "nan")[1:]
+    assert [(row["nonfinite_steps"], row["grad_norm"]) for row in rows] == [(1, None), (2, None)]
+    kept = [work / "outputs" / "nan" / "rollouts" / f"step-00000{step}" / "adapter" for step in (1, 2)]
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in kept)
+    assert before and all(torch.equal(before[name], after[name]) for name in before)  # nothing was learned
 
 
 def test_a_run_without_a_checkpoint_begins_anew(work):

@@ -2,13 +2,15 @@
 
 import json
 import math
+import sys
+from types import ModuleType
 
 import pytest
 
 from grpo.config import ConfigError
 from grpo.report.curves import read_metrics
 from grpo.report.read import read_run
-from grpo.tracking import NoTracker, RunLog
+from grpo.tracking import NoTracker, RunLog, Wandb
 
 # All that str.splitlines() takes for the end of a line, and that JSON leaves as it is or escapes.
 BREAKS = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\x1dh\x1ei\rj\r\nk\nl"
@@ -61,3 +63,23 @@ def test_a_resumed_run_has_not_ended(tmp_path):
     assert read_run(tmp_path).state == "failed"
     RunLog(tmp_path, NoTracker(), 1)
     assert read_run(tmp_path).state == "running" and not (tmp_path / "summary.json").exists()
+
+
+def test_wandb_cannot_end_a_run(tmp_path, monkeypatch, capsys):
+    """Whatever the client raises, in any call: told once, and the run's own files go on."""
+
+    class Broken(ModuleType):
+        Settings = staticmethod(lambda **_: None)
+
+        @staticmethod
+        def init(**_):
+            raise ConnectionError("no way out\nsecond line")
+
+    monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))
+    tracker = Wandb(mode="online")
+    tracker.start(tmp_path, {}, "run")
+    tracker.log(1, {"reward": 1.0})
+    tracker.table(1, [{"step": 1}])
+    tracker.finish({})
+    said = capsys.readouterr().err
+    assert said.count("wandb") == 1 and "ConnectionError: no way out; the run goes on without it" in said
