@@ -56,7 +56,7 @@ def run(monkeypatch):
     return SimpleNamespace(
         rollout=Recorder(), engine=Engine(), clock=lambda stage: nullcontext(), version=0,
         settings=SimpleNamespace(generations=2, max_tokens=8, seed=0, steps=STEPS),
-        policy=SimpleNamespace(decode=lambda ids: "text"), rewards=None,
+        policy=SimpleNamespace(decode=lambda ids: "text"), rewards=None, waiting=nullcontext,
     )  # fmt: skip
 
 
@@ -169,6 +169,6 @@ def test_engines_that_cannot_are_refused(run):
     with pytest.raises(ConfigError, match=r"rollout\.sleep=false"):
         Rollouts(run, 1)
     run.rollout = SimpleNamespace(every_rank=True, sleeps=False)
-    run.cfg = SimpleNamespace(model=SimpleNamespace(lora=SimpleNamespace(dropout=0.1)))
+    run.cfg = SimpleNamespace(model=SimpleNamespace(lora={"dropout": 0.1}))
     with pytest.raises(ConfigError, match=r"model\.lora\.dropout=0"):
         Rollouts(run, 1)
