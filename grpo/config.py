@@ -5,18 +5,21 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import conf
 
@@ -251,6 +254,24 @@ def run_name(name: str | None, resume: bool, root: str) -> str:
             raise ConfigError(f"resume=true, but no run under {root}/ has a checkpoint")
         return max(runs, key=lambda p: (p / "checkpoints" / "last.json").stat().st_mtime).name
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def composed(words: Sequence[str]) -> DictConfig:
+    """The config that `python -m grpo.train` makes of these overrides, not resolved yet. Raises what Hydra raises."""
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    with initialize_config_module("conf", version_base="1.3"):
+        return compose("train", list(words))
+
+
+@contextmanager
+def one_line_errors(main: str = "train") -> Iterator[None]:
+    """Context of an entry point: a mistake in the configuration, conf/`main`.yaml, ends the process with one line."""
+    try:
+        yield
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {composition_error(error, main)}")
 
 
 def composition_error(error: Exception, main: str = "train") -> str:

@@ -19,9 +19,7 @@ from string import ascii_uppercase
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from grpo.train import guard_packages
 
@@ -400,16 +398,14 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def main(call: Callable = run) -> None:
-    from grpo.config import composition_error
+    from grpo.config import one_line_errors
 
     guard_packages()
     OmegaConf.register_new_resolver("evaluation_name", evaluation_name)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.argv[1:] = lists(sys.argv[1:])
-    try:
+    with one_line_errors("evaluate"):
         call()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {composition_error(error, 'evaluate')}")
 
 
 if __name__ == "__main__":

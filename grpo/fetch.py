@@ -12,12 +12,9 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import ConfigError, composition_error
+from grpo.config import ConfigError, composed, one_line_errors
 
 # Weights as safetensors, and text. Python files, .bin and .pt never come.
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "LICENSE*"]
@@ -71,14 +68,9 @@ def main() -> None:
     os.environ.pop("HF_HUB_OFFLINE", None)  # this is the one place that may ask the network
     from huggingface_hub import snapshot_download
 
-    try:
-        with initialize_config_module("conf", version_base="1.3"):
-            cfg = compose("train", [w for w in words if not w.startswith("revision=")])
+    with one_line_errors():
+        cfg = composed([w for w in words if not w.startswith("revision=")])
         sys.exit(1 if fetch(cfg, revision, snapshot_download) else 0)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {composition_error(error)}")
 
 
 if __name__ == "__main__":

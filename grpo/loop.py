@@ -96,8 +96,9 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
             except FloatingPointError:  # on all ranks alike, and nothing was changed: the run decides whether to go on
                 norms.append(nan)
                 break
-        if not isfinite(norms[-1]) and not recording:
-            recording = True  # for grpo.replay_loss
+        # For grpo.replay_loss: where no weight has moved yet and every group was computed (Run sees to the next step).
+        if not isfinite(norms[-1]) and not recording and len(norms) == 1 and counts["trained"] == s.questions:
+            recording = True
             record.save_adapter(run.folder, step + 1, policy, engine)
 
     run.version += 1

@@ -10,21 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from grpo.attention import Prefix
 from grpo.batch import needs
-from grpo.config import ConfigError, build_objective, composition_error, run_name, settings
+from grpo.config import ConfigError, build_objective, composed, one_line_errors, settings
 from grpo.engine import REDUCE_BUCKET
 from grpo.logprob import LOGITS_AT_ONCE
 from grpo.sync.names import group_of
@@ -334,8 +330,7 @@ def read_shape(file: Path) -> Shape:
     )  # fmt: skip
 
 
-def main(words: list[str] | None = None) -> int:
-    """Print the plan; returns the exit code."""
+def main(words: list[str] | None = None) -> None:
     default = Given()
     parser = argparse.ArgumentParser("python -m grpo.plan", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -346,22 +341,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--utilisation", type=float, default=default.utilisation)
     parser.add_argument("--device", default=default.device, help=", ".join(DEVICES))
     args = parser.parse_args(words)
-    try:
-        if not OmegaConf.has_resolver("run_name"):
-            OmegaConf.register_new_resolver("run_name", run_name)
-        with initialize_config_module("conf", version_base="1.3"):
-            cfg = compose("train", args.overrides)
+    with one_line_errors():
+        cfg = composed(args.overrides)
         OmegaConf.resolve(cfg)
         given = Given(args.prompt, args.seconds, args.completion, args.utilisation, args.device)
-        print(table(plan(cfg, shape_of(cfg), given), DEVICES[given.device][0] if given.device in DEVICES else 0))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {composition_error(error)}", file=sys.stderr)
-        return 2
-    return 0
+        print(table(plan(cfg, shape_of(cfg), given), DEVICES[given.device][0]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -389,10 +389,7 @@ def draw(results: Sequence[Replayed], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from grpo.config import ConfigError, composition_error
+    from grpo.config import one_line_errors
 
     parser = argparse.ArgumentParser(prog="python -m grpo.replay_loss", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -405,14 +402,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, metavar="PNG", help="the picture (default: RUN/replay-step-NNNNNN.png)")
     given = parser.parse_intermixed_args(arguments)
     folder = step_folder(given.run, given.step)
-    try:
-        record = read(folder)
-        chosen, missing = arms(given.run, given.words, given.config_dir)
-        policy = load_policy(given.run, given.adapter or folder / "adapter", given.model)
-    except (RecordError, ReplayError, ConfigError) as error:
-        sys.exit(f"error: {error}")
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {composition_error(error)}")
+    with one_line_errors():
+        try:
+            record = read(folder)
+            chosen, missing = arms(given.run, given.words, given.config_dir)
+            policy = load_policy(given.run, given.adapter or folder / "adapter", given.model)
+        except (RecordError, ReplayError) as error:
+            sys.exit(f"error: {error}")
     for arm in chosen:
         state = record.facts.get("entropy_state")
         if arm.advantage is None and state and getattr(arm.loss, "entropy", None) is not None:

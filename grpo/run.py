@@ -21,7 +21,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from data.sampler import Sampler
-from grpo import loop, profile
+from grpo import loop, profile, record
 from grpo.advantage import declared
 from grpo.audio_cache import AudioCache
 from grpo.batch import Group, moves_without_advantage, needs
@@ -98,8 +98,8 @@ class Run:
         self.advantage = build(cfg.advantage, "advantage")
         check_call("advantage", partial(self.advantage, **dict.fromkeys(declared(self.advantage))), "reward_BG")
         self.objective = build_objective(cfg)
-        # A record holds every group of its step.
-        self.idle_groups_rest = not (s.save_rollouts or moves_without_advantage(self.objective))
+        # A record holds every group of its step, and so does the step after one that was not finite, to be recorded.
+        self.may_rest = self.idle_groups_rest = not (s.save_rollouts or moves_without_advantage(self.objective))
         self.rewards = build(cfg.rewards, "rewards")
         if s.dynamic_sampling_by not in ("reward", *self.rewards.names):
             raise ConfigError(f"dynamic_sampling.by={s.dynamic_sampling_by}: there is no such reward, only reward (the "
@@ -260,6 +260,7 @@ class Run:
             with profile.traced(s.traced_steps * (self.rank == 0), self.folder, show.say) as tick:
                 while trained < end and not stop:
                     done, tokens = None, self.tokens
+                    self.idle_groups_rest = self.may_rest and not state.get("nonfinite_in_a_row")
                     metrics, rows, groups = loop.step(self, trained)
                     bad = not math.isfinite(metrics.get("grad_norm", 0.0))
                     state["nonfinite"] = metrics["nonfinite_steps"] = state.get("nonfinite", 0) + bad
@@ -270,10 +271,11 @@ class Run:
                         done, stop = None, trained < end and self._asked_to_stop()
                         tick()
                     if bad and state["nonfinite_in_a_row"] >= s.max_nonfinite:
+                        kept = record.step_folder(self.folder, trained).exists()
+                        look = f"python -m grpo.replay_loss {self.folder} --step {trained} loss=grpo"
                         raise FloatingPointError(
                             f"loss or gradient was not finite {state['nonfinite_in_a_row']} steps in a row "
-                            f"(max_nonfinite={s.max_nonfinite}), of which nothing was learned. They are kept: "
-                            f"python -m grpo.replay_loss {self.folder} --step {trained} loss=grpo"
+                            f"(max_nonfinite={s.max_nonfinite})" + (f"; the last is kept: {look}" if kept else "")
                         )
         except (RolloutError, SyncError, RewardError, FloatingPointError) as error:
             stop = self._asked_to_stop()

@@ -20,9 +20,7 @@ from string import ascii_uppercase
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from data.question import Question
 from grpo.signals import STOPPING, install
@@ -303,17 +301,13 @@ def run(cfg: DictConfig) -> float:
 
 
 def main() -> None:
-    from grpo.config import ConfigError, composition_error, run_name
+    from grpo.config import one_line_errors, run_name
 
     install(), guard_packages()
     OmegaConf.register_new_resolver("run_name", run_name)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    try:
+    with one_line_errors("sft"):
         run()
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {composition_error(error, 'sft')}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from grpo.multirun import register, result, todo
 from grpo.signals import install
@@ -62,18 +60,14 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def main() -> None:
-    from grpo.config import ConfigError, composition_error, run_name
+    from grpo.config import one_line_errors, run_name
 
     install(), guard_packages()
     OmegaConf.register_new_resolver("run_name", run_name)
     register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's short form hides where a real fault was
-    try:
+    with one_line_errors():
         run()
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {composition_error(error)}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from grpo import loop
-from grpo.config import run_name
+from grpo.config import composed
 from grpo.display import Display
 from grpo.run import Run
 
@@ -61,15 +60,13 @@ class Watch:
 def main(model: str, folder: str, questions: str, copies: str, completion: str, steps: str) -> None:
     folder = Path(folder)
     train, held = write_data(folder, "train", int(questions) * int(steps)), write_data(folder, "eval", 1)
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    with initialize_config_module("conf", version_base="1.3"):
-        cfg = compose("train", overrides=[
-            "model=qwen2_5_omni_7b", f"model.path={model}", "model.dtype=float32", "model.lora.dropout=0",
-            "model.gradient_checkpointing=false", "data=manifest", f"data.train.path={train}",
-            f"data.eval.path={held}", f"questions={questions}", f"generations={copies}", f"max_tokens={completion}",
-            f"steps={steps}", "tracking=none", "beta=0.01",
-            f"prompt.instruction={'word ' * 110}",
-        ])  # fmt: skip
+    cfg = composed([
+        "model=qwen2_5_omni_7b", f"model.path={model}", "model.dtype=float32", "model.lora.dropout=0",
+        "model.gradient_checkpointing=false", "data=manifest", f"data.train.path={train}",
+        f"data.eval.path={held}", f"questions={questions}", f"generations={copies}", f"max_tokens={completion}",
+        f"steps={steps}", "tracking=none", "beta=0.01",
+        f"prompt.instruction={'word ' * 110}",
+    ])  # fmt: skip
     OmegaConf.resolve(cfg)
     run = Run(cfg, folder / "run", Display(1, 10**9))
     watch = Watch()

@@ -15,10 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from grpo.config import ConfigError, build, composition_error
+from grpo.config import ConfigError, build, composed, one_line_errors
 from grpo.display import Display
 from grpo.rollout.serve import Launch, Process, ServerError, choose_token
 from grpo.rollout.server import gpus_of_each
@@ -76,16 +75,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # for the ranks: the servers stay until they are done
-    try:
-        with initialize_config_module("conf", version_base="1.3"):
-            cfg = compose("train", words)
-        sys.exit(f"error: {serve(cfg, host=given.host, port=given.port, count=given.count)}")
-    except (ConfigError, ServerError) as error:
-        sys.exit(f"error: {error}")
-    except Exception as error:
-        if type(error).__module__.startswith(("hydra", "omegaconf")):
-            sys.exit(f"error: {composition_error(error)}")
-        raise
+    with one_line_errors():
+        try:
+            sys.exit(f"error: {serve(composed(words), host=given.host, port=given.port, count=given.count)}")
+        except ServerError as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One iteration with stand-ins for all but the maths: what the loss is given, in which order, and what is kept."""
 
+import math
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from math import exp
@@ -306,6 +307,30 @@ def test_a_rank_whose_groups_are_all_without_advantage_still_takes_part():
     metrics, *_ = loop.step(run, 0)
     assert [ids for *_, ids in run.policy.passes] == [["0"]] and run.policy.w.item() == 1.0
     assert run.engine.calls == ["last backward", "step 0.1"] and metrics["loss"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rests", "fails_at", "kept"),
+    [(False, 0, True), (True, 0, False), (False, 1, False)],  # a group was not computed; the weights had moved
+)
+def test_a_step_that_is_not_finite_is_recorded_where_the_record_is_whole(monkeypatch, rests, fails_at, kept):
+    run, made, steps = make_run(beta=0.0, updates=2), [], []
+    run.rewards.raising, run.idle_groups_rest, run.folder = ("00", "20", "30"), rests, None
+
+    def step(learning_rate):
+        steps.append(learning_rate)
+        if len(steps) > fails_at:
+            raise FloatingPointError
+        return 1.0
+
+    run.engine.step = step
+    monkeypatch.setattr(loop.record, "save_adapter", lambda *_: made.append("adapter"))
+    monkeypatch.setattr(loop.record, "parts", lambda *_, **__: [])
+    monkeypatch.setattr(loop.record, "write", lambda *_, **__: made.append("record"))
+    run.rewards.weights, run.policy.decode = (1.0,), None
+    metrics, *_ = loop.step(run, 0)
+    assert made == (["adapter", "record"] if kept else []) and len(steps) == fails_at + 1
+    assert math.isnan(metrics["grad_norm"])
 
 
 def test_completions_of_other_weights_are_refused():

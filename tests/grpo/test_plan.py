@@ -120,9 +120,10 @@ def test_offload_moves_the_states_to_the_host():
 
 
 def test_the_command(checkpoint, capsys):
-    assert main([f"model.path={checkpoint}", "--prompt", "60", "--completion", "20"]) == 0
+    main([f"model.path={checkpoint}", "--prompt", "60", "--completion", "20"])
     assert "memory of a training rank" in (text := capsys.readouterr().out) and "bytes of a sync" in text
-    assert main(["experiment=audsemthinker_qa_grpo", "model.path=owner/unknown"]) == 2
-    assert "no folder with a config.json" in capsys.readouterr().err
+    for words, said in (["model.path=owner/unknown"], "no folder with a config.json"), (["stepz=1"], "stepz: there is"):
+        with pytest.raises(SystemExit, match=said):
+            main(["experiment=audsemthinker_qa_grpo", *words])
     with pytest.raises(ConfigError, match="--device tpu"):
         plan(composed(), OMNI_7B, Given(device="tpu"))

@@ -58,7 +58,7 @@ def leg(folder, saved, clock, *, ranks=1, stop_at=None, resume=False, seen=lambd
                                  checkpoint_grace=90.0, max_nonfinite=3),
         dataset=SimpleNamespace(fingerprint="f", train=[]), heldout=[make_question("q")],
         sampler=SimpleNamespace(epoch=lambda step: 0.5), sync=SimpleNamespace(push=nothing),
-        rollouts=SimpleNamespace(state=nothing, load_state=nothing),
+        rollouts=SimpleNamespace(state=nothing, load_state=nothing), may_rest=False,
         display=SimpleNamespace(say=nothing, start=nothing, stop=nothing, samples=nothing,
                                 update=lambda step, figures: seen()),
     )  # fmt: skip
