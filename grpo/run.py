@@ -56,6 +56,8 @@ from rewards.weighted import RewardError
 
 # Of the rollout engine only these must stay: where and how fast it samples is free.
 KEPT_OF_ROLLOUT = {"_target_", "top_p", "top_k", "min_p", *ROLLOUT_KEYS}
+# How patient a run is with its rewards may change.
+FREE_OF_REWARDS = {"max_failed", "seconds"}
 
 
 class Clock:
@@ -373,6 +375,7 @@ class Run:
         mine = OmegaConf.to_container(self.cfg, resolve=True)
         for cfg in (saved, mine):
             cfg["rollout"] = {k: v for k, v in cfg["rollout"].items() if k in KEPT_OF_ROLLOUT}
+            cfg["rewards"] = {k: v for k, v in cfg["rewards"].items() if k not in FREE_OF_REWARDS}
         odd = [k for k in saved.keys() | mine.keys() if k not in FREE_ON_RESUME and saved.get(k) != mine.get(k)]
         if odd:
             raise ConfigError(f"resume=true, but {', '.join(sorted(odd))} differ from {self.folder}/config.yaml: "

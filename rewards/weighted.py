@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 
+from rewards.apart import Apart, ApartError, call
+
 # What a reward may ask for by naming it as a keyword.
 CONTEXT = {
     "answer": "index of the gold option",
@@ -20,7 +22,7 @@ CONTEXT = {
 
 
 class RewardError(RuntimeError):
-    """Too many completions of a step could not be scored."""
+    """Completions could not be scored: too many of a step, or none at all."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Failure:
-    """A component that raised, or gave no finite number, on one completion."""
+    """A component that raised, gave no finite number or took too long, on one completion."""
 
     index: int  # of the completion in the call
     component: str
@@ -55,17 +57,22 @@ class WeightedRewards:
     Signatures are checked here, not after a rollout: a function is given those keywords of CONTEXT that it declares.
 
     `max_failed` is the fraction of a step's completions that may fail before the run is stopped: see `check`.
+    `seconds` is what one call of a function may take, in a process of their own (rewards/apart.py); None: no limit.
     Raises ValueError for no component, a weight that is no finite number, or a function that cannot be called so.
     """
 
-    def __init__(self, components: Mapping[str, Mapping], max_failed: float = 0.1):
+    def __init__(self, components: Mapping[str, Mapping], max_failed: float = 0.1, seconds: float | None = None):
         if not components:
             raise ValueError("components: at least one reward is needed, such as accuracy")
         if not 0 <= max_failed <= 1:
             raise ValueError(f"max_failed is a fraction from 0 to 1, got {max_failed}")
+        if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+            raise ValueError(f"seconds must be above 0, or null for no limit, got {seconds}")
         self.max_failed = max_failed
         self.components = {str(name): _component(name, entry) for name, entry in components.items()}
         self._wanted = {name: _wanted(name, c.function) for name, c in self.components.items()}
+        functions = {name: c.function for name, c in self.components.items()}
+        self._call = Apart(functions, seconds) if seconds else partial(_here, functions)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,20 +85,23 @@ class WeightedRewards:
     def score(self, completions: Sequence[str], *, contexts: Sequence[Mapping]) -> Scores:
         """Score each completion with its context (the keys of CONTEXT that the components ask for).
 
-        Raises ValueError when a context lacks a key.
+        Raises ValueError when a context lacks a key, RewardError when the functions cannot be imported.
         """
-        rows, failures = [], []
+        calls = []
         for index, (completion, context) in enumerate(zip(completions, contexts, strict=True)):
-            row = []
-            for name, component in self.components.items():
+            for name in self.components:
                 if missing := [key for key in self._wanted[name] if key not in context]:
                     raise ValueError(f"contexts[{index}] lacks {missing[0]!r}, which the reward {name!r} asks for")
-                try:
-                    row.append(_number(component.function(completion, **{k: context[k] for k in self._wanted[name]})))
-                except Exception as error:  # a user's function: counted, shown, never taken for a reward of 0
-                    row.append(math.nan)
-                    failures.append(Failure(index, name, f"{type(error).__name__}: {error}"))
-            rows.append(row)
+                calls.append((name, (completion,), {k: context[k] for k in self._wanted[name]}))
+        try:
+            answers = self._call(calls)
+        except ApartError as error:
+            raise RewardError(str(error)) from error
+        # What failed is counted and shown, never taken for a reward of 0.
+        width = len(self.components)
+        failures = [Failure(at // width, calls[at][0], error) for at, (_, error) in enumerate(answers) if error]
+        values = [math.nan if error else value for value, error in answers]
+        rows = [values[at : at + width] for at in range(0, len(values), width)]
         total = [sum(w * r for w, r in zip(self.weights, row, strict=True)) for row in rows]
         return Scores(rows, total, failures)
 
@@ -162,7 +172,5 @@ def _name(function: Callable) -> str:
     return getattr(inner, "__name__", type(inner).__name__)
 
 
-def _number(value: object) -> float:
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"a reward must be a finite number, got {value!r}")
-    return float(value)
+def _here(functions: Mapping[str, Callable], calls: Sequence[tuple[str, tuple, Mapping]]) -> list[tuple]:
+    return [call(functions[name], *args, **kwargs) for name, args, kwargs in calls]

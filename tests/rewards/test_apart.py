@@ -1,0 +1,126 @@
+"""Reward functions in a process of their own: the same numbers, and nothing that one does holds up or ends the run."""
+
+import math
+import os
+import re
+import signal
+import threading
+import time
+from functools import partial
+
+import pytest
+
+from rewards.accuracy import accuracy
+from rewards.format import format
+from rewards.length import length
+from rewards.weighted import RewardError, WeightedRewards
+from tests.rewards.test_weighted import CONTEXT_OF_B, PERFECT, moody
+
+
+def wild(completion: str, *, factor: float = 1.0) -> float:
+    """Does what its completion says."""
+    if completion == "loop":
+        while True:
+            pass
+    if completion == "backtrack":  # within C code, which holds Python's lock
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    if completion == "swallow":
+        while True:
+            try:
+                time.sleep(60)
+            except BaseException:
+                pass
+    if completion == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if completion == "exit":
+        raise SystemExit(3)
+    if completion == "hard exit":
+        os._exit(3)
+    if completion == "print":
+        print("not an answer")
+    return factor * len(completion)
+
+
+def of(seconds=0.5, **functions) -> WeightedRewards:
+    return WeightedRewards({n: {"weight": 1.0, "function": f} for n, f in functions.items()}, 1.0, seconds)
+
+
+def test_the_same_scores_as_in_the_trainer():
+    functions = {"accuracy": accuracy, "format": format, "length": partial(length, target=25, alpha=0.1, delta=0.5),
+                 "moody": moody}  # fmt: skip
+    texts, contexts = [PERFECT, "raise", "nan", "text", "", "é\ud800"], [CONTEXT_OF_B] * 6
+    here, apart = (of(seconds, **functions).score(texts, contexts=contexts) for seconds in (None, 30))
+    assert apart.failures == here.failures and len(here.failures) == 3
+    assert str(apart.components) == str(here.components)  # nan is not itself
+    assert apart.components[0] == [1.0, 1.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("completion", "told"),
+    [("loop", "no answer within 0.5 s"), ("backtrack", "no answer within 0.5 s"), ("swallow", "no answer within 0.5 s"),
+     ("crash", "ended with SIGSEGV"), ("exit", "SystemExit: 3"), ("hard exit", "ended with status 3")],
+)  # fmt: skip
+def test_what_never_returns_or_crashes_costs_its_completion_alone(completion, told):
+    rewards = of(wild=wild, format=format)
+    for _ in range(2):  # and the next call finds it well
+        scores = rewards.score(["a", completion, "abc"], contexts=[CONTEXT_OF_B] * 3)
+        assert [c[0] for c in scores.components[::2]] == [1.0, 3.0] and math.isnan(scores.components[1][0])
+        assert [c[1] for c in scores.components] == [0.0, 0.0, 0.0]  # the other component stands
+        (failure,) = scores.failures
+        assert (failure.index, failure.component) == (1, "wild") and told in failure.error
+
+
+def test_what_it_prints_is_no_answer(capfd):
+    assert of(wild=partial(wild, factor=2)).score(["print"], contexts=[{}]).total == [10.0]
+    assert "not an answer" in capfd.readouterr().err
+
+
+def test_a_signal_to_the_whole_job_is_for_the_trainer():
+    rewards = of(wild=wild)
+    rewards.score(["a"], contexts=[{}])
+    process = rewards._call._process
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        process.send_signal(number)
+    assert rewards.score(["ab"], contexts=[{}]).total == [2.0] and rewards._call._process is process
+
+
+def test_it_ends_with_its_trainer():
+    rewards = of(wild=wild)
+    rewards.score(["a"], contexts=[{}])
+    process = rewards._call._process
+    process.stdin.close()  # as the system does it
+    assert process.wait(10) == 0
+
+
+def test_more_calls_than_a_pipe_holds():
+    texts = [str(i) * 400 for i in range(1000)]
+    assert of(30, wild=wild).score(texts, contexts=[{}] * 1000).total == [float(len(t)) for t in texts]
+
+
+def test_any_thread_may_ask():
+    rewards, found = of(wild=wild), []
+    thread = threading.Thread(target=lambda: found.append(rewards.score(["a", "loop"], contexts=[{}] * 2)))
+    thread.start(), thread.join(30)
+    assert found[0].total[0] == 1.0 and "no answer" in found[0].failures[0].error
+
+
+def test_what_cannot_be_imported_by_its_name_is_refused_at_the_start():
+    with pytest.raises(ValueError, match=r"components\.mine cannot run in a process of its own .* seconds: null"):
+        of(mine=lambda completion: 1.0)
+    of(None, mine=lambda completion: 1.0)
+    with pytest.raises(ValueError, match="seconds must be above 0"):
+        of(0.0, mine=wild)
+
+
+def test_functions_that_cannot_be_imported_there(tmp_path, monkeypatch, capfd):
+    (tmp_path / "only_once.py").write_text(
+        "import os\nif os.environ.get('SECOND'):\n    raise OSError('no model here')\n"
+        "os.environ['SECOND'] = '1'\ndef f(completion):\n    return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SECOND", "")
+    from only_once import f
+
+    with pytest.raises(RewardError, match="could not be imported: its process ended with status 1"):
+        of(f=f).score(["a"], contexts=[{}])
+    assert "no model here" in capfd.readouterr().err
