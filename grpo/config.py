@@ -36,7 +36,7 @@ class RunError(RuntimeError):
 # a multirun's finished job fits whatever they are, and they are no column of the report.
 FREE_ON_RESUME = frozenset(
     "bench resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
-    "dry_run engine placement max_nonfinite".split()
+    "dry_run engine placement max_nonfinite watch".split()
 )
 
 # Keys of `rollout` that are the run's, whatever the engine (conf/train.yaml).
@@ -65,6 +65,8 @@ class Settings:
     checkpoint_every: int
     checkpoint_keep: int  # so many of the last ones stay, and the best
     checkpoint_grace: float  # seconds from a signal to the end, whatever the run is at
+    watch_silent: float  # seconds without a sign of life of a rank, until all end
+    watch_stuck: float  # seconds without a step forward of any rank, until all end
     log_every: int
     samples_every: int
     encoded: int  # questions whose features stay in memory
@@ -87,8 +89,9 @@ class Settings:
             if getattr(self, name) < 1:
                 key = re.sub("_(every|keep|rounds)", r".\1", name)
                 raise ConfigError(f"{key} must be at least 1, got {getattr(self, name)}")
-        if self.checkpoint_grace <= 0:
-            raise ConfigError(f"checkpoint.grace must be above 0 seconds, got {self.checkpoint_grace:g}")
+        for name in ("checkpoint_grace", "watch_silent", "watch_stuck"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name.replace('_', '.')} must be above 0 seconds, got {getattr(self, name):g}")
         if self.micro_tokens is not None and self.micro_tokens < 1:
             raise ConfigError(f"micro_tokens must be at least 1, or null, got {self.micro_tokens}")
         if self.reference_every is not None and self.reference_every < 1:
@@ -132,7 +135,7 @@ def settings(cfg: DictConfig) -> Settings:
     values = {}
     hints = typing.get_type_hints(Settings)
     for f in fields(Settings):
-        nested = f.name.split("_")[0] in ("eval", "checkpoint", "log", "samples", "rollout")
+        nested = f.name.split("_")[0] in ("eval", "checkpoint", "watch", "log", "samples", "rollout")
         key = f.name.replace("_", ".", 1) if nested else f.name.replace("sampling_", "sampling.")
         values[f.name] = check_type(key, OmegaConf.select(cfg, key), hints[f.name])
     return Settings(**values)

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,16 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from grpo.watch import WATCH
+
 REDUCE_BUCKET = 50_000_000  # gradients that travel at once
 
 
-def start_distributed() -> tuple[int, int]:
-    """Join the process group of torchrun, or make one of a single process. Returns (rank, world size)."""
+def start_distributed(watch: Mapping[str, float] | None = None) -> tuple[int, int]:
+    """Join the process group of torchrun, or make one of a single process. Returns (rank, world size).
+
+    `watch`: the limits of grpo/watch.py, by which the ranks look after each other.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -46,14 +52,21 @@ def start_distributed() -> tuple[int, int]:
         # The shared-memory collectives need a compiler at run time and change no number; gloo is enough on CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    return dist.get_rank(), dist.get_world_size()
+        limit = 60 + watch["stuck"] + 2 * watch["silent"] if watch else 1800  # a watch that sees who it was comes first
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False,
+                                   timeout=timedelta(seconds=limit))  # fmt: skip
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if watch:
+        WATCH.start(rank, world, **watch)
+    return rank, world
 
 
 def stop_distributed() -> None:
     """Part from the other ranks once all have come here: a gloo thread alive at exit may abort its process."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+        WATCH.stop()
+        dist.barrier()  # rank 0 may hold the store
         dist.destroy_process_group()
 
 
@@ -118,10 +131,12 @@ class Engine:
 
     def __call__(self, *args):
         """Forward of the policy, through the hooks that gather ZeRO-3's partitions."""
+        WATCH.moved()
         return self.deepspeed(*args)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradient of this rank's share of the step's loss. All ranks make equally many calls a step."""
+        WATCH.moved()
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
 
@@ -154,6 +169,7 @@ class Engine:
         """Sum, max or min of each value over the ranks, in float64. The same keys must be given on every rank."""
         if self.world == 1:
             return dict(values)
+        WATCH.moved()
         packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.deepspeed.device)
         dist.all_reduce(packed, op=getattr(dist.ReduceOp, how.upper()))
         return dict(zip(values, packed.tolist(), strict=True))
@@ -162,6 +178,7 @@ class Engine:
         """The ranks' lists joined in rank order, on every rank."""
         if self.world == 1:
             return list(items)
+        WATCH.moved()
         parts: list = [None] * self.world
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]

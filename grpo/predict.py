@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from data.audio import ClipError
 from data.question import Question
 from grpo.rollout import Rollout, RolloutError, Sampling
+from grpo.watch import WATCH
 from rewards.accuracy import named
 from rewards.tags import parse
 
@@ -76,6 +77,7 @@ def predict(questions: Sequence[Question], encode: Callable, rollout: Rollout, *
     Raises RolloutError where the engine cannot answer.
     """
     for i in range(0, len(questions), batch):
+        WATCH.moved()
         part = questions[i : i + batch]
         encoded, problems = {}, {}
         for at, question in enumerate(part):

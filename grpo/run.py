@@ -52,6 +52,7 @@ from grpo.rollout.lag import Rollouts
 from grpo.signals import STOPPING
 from grpo.sync.names import SyncError
 from grpo.tracking import NoTracker, RunLog
+from grpo.watch import WATCH
 from rewards.weighted import RewardError
 
 # Of the rollout engine only these must stay: where and how fast it samples is free.
@@ -69,6 +70,7 @@ class Clock:
     @contextmanager
     def __call__(self, stage: str):
         start = time.perf_counter()
+        WATCH.moved(stage)
         with profile.stage(stage):
             yield
         self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - start
@@ -86,7 +88,7 @@ class Run:
     def __init__(self, cfg: DictConfig, folder: Path, display: Display):
         self.cfg, self.display = cfg, display
         self.settings = s = settings(cfg)
-        self.rank, self.world = start_distributed()
+        self.rank, self.world = start_distributed(cfg.watch)
         agreed = [str(folder)]
         if self.world > 1:  # a folder named by the time of day may differ by a second between ranks
             torch.distributed.broadcast_object_list(agreed)
@@ -261,7 +263,7 @@ class Run:
             stop = self._asked_to_stop()
             with profile.traced(s.traced_steps * (self.rank == 0), self.folder, show.say) as tick:
                 while trained < end and not stop:
-                    done, tokens = None, self.tokens
+                    done, tokens, WATCH.step = None, self.tokens, trained + 1
                     self.idle_groups_rest = self.may_rest and not state.get("nonfinite_in_a_row")
                     metrics, rows, groups = loop.step(self, trained)
                     bad = not math.isfinite(metrics.get("grad_norm", 0.0))

@@ -98,7 +98,7 @@ class Fine:
         for key, hint in TYPES.items():
             check_type(key, cfg[key], hint)
         self.cfg, self.display = cfg, display
-        self.rank, self.world = start_distributed()
+        self.rank, self.world = start_distributed(cfg.watch)
         agreed = [str(folder)]
         if self.world > 1:
             torch.distributed.broadcast_object_list(agreed)
@@ -201,6 +201,7 @@ class Fine:
         from grpo.config import ConfigError, build
         from grpo.run import facts, write_provenance
         from grpo.tracking import NoTracker, RunLog
+        from grpo.watch import WATCH
 
         cfg, show = self.cfg, self.display
         began = time.perf_counter()
@@ -230,7 +231,7 @@ class Fine:
         end = min(self.steps, cfg.stop_at or self.steps)
         STOPPING.training(cfg.checkpoint.grace)
         for step in range(first + 1, end + 1):
-            clock = time.perf_counter()
+            clock, WATCH.step = time.perf_counter(), step
             metrics = self.step(step - 1)
             best = False
             if step % cfg.eval.every == 0 or step == self.steps:

@@ -22,6 +22,7 @@ from grpo.batch import Completion, Encoded, Group
 from grpo.collect import Earned, score
 from grpo.config import ConfigError
 from grpo.rollout import RolloutError, Sampling
+from rewards.weighted import RewardError
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Rollouts:
         if self.lag and step + 1 < run.settings.steps:
             self._ask(step + 1)
         with run.clock("reward"):
-            return [asked.earned[b].result() for b in range(len(groups))]
+            return run.engine.together(lambda: [asked.earned[b].result() for b in range(len(groups))], RewardError)
 
     def more(self, step: int, asked: Set[str]) -> list[Earned]:
         """The same for a further batch of questions of `step`, without those `asked` before (without lag)."""
