@@ -36,7 +36,7 @@ class RunError(RuntimeError):
 # a multirun's finished job fits whatever they are, and they are no column of the report.
 FREE_ON_RESUME = frozenset(
     "bench resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
-    "dry_run engine placement max_nonfinite watch".split()
+    "dry_run engine placement max_nonfinite watch out_of_memory".split()
 )
 
 # Keys of `rollout` that are the run's, whatever the engine (conf/train.yaml).
@@ -52,6 +52,7 @@ class Settings:
     questions: int  # B: questions per step, over all ranks
     generations: int  # G: completions per question
     micro_tokens: int | None  # tokens per forward/backward on a rank, in whole groups; null: all at once
+    out_of_memory: str  # halve: make a step that did not fit again with half of micro_tokens; or stop
     updates: int  # optimizer steps per rollout (mu)
     max_tokens: int  # length limit of a completion
     temperature: float
@@ -94,6 +95,8 @@ class Settings:
                 raise ConfigError(f"{name.replace('_', '.')} must be above 0 seconds, got {getattr(self, name):g}")
         if self.micro_tokens is not None and self.micro_tokens < 1:
             raise ConfigError(f"micro_tokens must be at least 1, or null, got {self.micro_tokens}")
+        if self.out_of_memory not in ("halve", "stop"):
+            raise ConfigError(f"out_of_memory must be halve or stop, got {self.out_of_memory}")
         if self.reference_every is not None and self.reference_every < 1:
             raise ConfigError(f"reference_every must be at least 1, or null, got {self.reference_every}")
         if self.dynamic_sampling_rounds > 1 and self.rollout_lag:

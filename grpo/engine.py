@@ -158,10 +158,19 @@ class Engine:
             self.deepspeed.step()  # with a norm that is not finite, it skips the step by itself
         norm = float(self.deepspeed.get_global_grad_norm()) if norm is None else norm
         if not math.isfinite(norm):
-            for p in self.trainable.values():  # DeepSpeed forgets its own; these would go into the next step's
-                p.grad = None
+            self.forget()  # DeepSpeed forgets its own; these would go into the next step's
             raise FloatingPointError(f"the gradient norm is {norm}: the step was not taken")
         return norm
+
+    @property
+    def taken(self) -> int:
+        """Optimizer steps since this object was made."""
+        return self.deepspeed.global_steps
+
+    def forget(self) -> None:
+        """Drop the gradients of a step that is not taken. Above stage 0, DeepSpeed holds more of a broken one."""
+        for p in self.trainable.values():
+            p.grad = None
 
     # ---------------------------------------------------------------- between ranks
 

@@ -26,8 +26,8 @@ def loss_mask(groups: Sequence[Group], mask_truncated: bool) -> torch.Tensor:
     return pad_rows(rows, dtype=torch.bool)
 
 
-def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
-    """One rollout and its optimizer updates.
+def step(run, step: int, collected=None) -> tuple[dict[str, float], list[dict], list[Group]]:
+    """One rollout, or what `collect` made of it, and its optimizer updates.
 
     Returns the step's metrics, for each completion a record of what it earned, and this rank's groups for the sync.
     """
@@ -35,7 +35,7 @@ def step(run, step: int) -> tuple[dict[str, float], list[dict], list[Group]]:
     device, need = policy.device, needs(run.objective)
 
     # ---------------------------------------------------------------- questions, rollout, rewards
-    earned, sampling = collect(run, step)
+    earned, sampling = collected or collect(run, step)
     groups = [e.group for e in earned]
     component_NR = torch.tensor([row for e in earned for row in e.components])
     reward_BG = torch.tensor([e.totals for e in earned])  # NaN where a reward raised, which is not a reward of 0

@@ -47,6 +47,22 @@ def micro_batches(
     return out
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the device, or the host, had no room for a tensor."""
+    text = str(error)  # the CPU's allocator has no class of its own
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text
+
+
+def smaller(sizes: Sequence[int], budget: int | None) -> int | None:
+    """About half of `budget`, so that groups of `sizes` tokens make more micro-batches; None where each is alone."""
+    parts, budget = parts_needed(sizes, budget), min(budget or sum(sizes), sum(sizes))
+    while budget > 1:
+        budget //= 2
+        if parts_needed(sizes, budget) > parts:
+            return budget
+    return None
+
+
 @torch.no_grad()
 def frozen(engine, policy, micro: Sequence[Micro], shape: tuple[int, int], *, reference: bool = False) -> list[Tensor]:
     """Log-probs and entropies, each of `shape` [N, T], without dropout or gradient: of the policy or the reference."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import platform
 import random
@@ -11,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +29,7 @@ from grpo.audio_cache import AudioCache
 from grpo.batch import Group, moves_without_advantage, needs
 from grpo.benchmark import benchmarks
 from grpo.checkpoint import Checkpoints, write_json
+from grpo.collect import collect
 from grpo.config import (
     FREE_ON_RESUME,
     ROLLOUT_KEYS,
@@ -43,6 +46,7 @@ from grpo.display import Display
 from grpo.engine import Engine, start_distributed, stop_distributed, zero_config
 from grpo.loading import Loader
 from grpo.loss.formula import describe
+from grpo.micro import out_of_memory, smaller
 from grpo.policy import Policy
 from grpo.predict import heldout_accuracy, prompt_hash, spread
 from grpo.report import closing_lines, curves
@@ -265,7 +269,7 @@ class Run:
                 while trained < end and not stop:
                     done, tokens, WATCH.step = None, self.tokens, trained + 1
                     self.idle_groups_rest = self.may_rest and not state.get("nonfinite_in_a_row")
-                    metrics, rows, groups = loop.step(self, trained)
+                    metrics, rows, groups = self._step(trained)
                     bad = not math.isfinite(metrics.get("grad_norm", 0.0))
                     state["nonfinite"] = metrics["nonfinite_steps"] = state.get("nonfinite", 0) + bad
                     state["nonfinite_in_a_row"] = bad * (state.get("nonfinite_in_a_row", 0) + 1)
@@ -305,6 +309,33 @@ class Run:
             curves(self.folder)
             show.say(closing_lines(summary, self.folder))
         return summary
+
+    def _step(self, step: int) -> tuple:
+        """One iteration; one that runs out of memory is made again of smaller micro-batches, where that can be."""
+        collected, taken = collect(self, step), self.engine.taken
+        while True:
+            try:
+                return loop.step(self, step, collected)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                self._shrink(step, [e.group for e in collected[0]], self.engine.taken == taken)
+            gc.collect()  # the tensors that the error's frames held
+            torch.cuda.empty_cache()
+
+    def _shrink(self, step: int, groups: Sequence[Group], unchanged: bool) -> None:
+        """Halve `micro_tokens` after a step that did not fit. Raises RunError where that cannot be, or not here."""
+        s = self.settings
+        there = f"rank {self.rank} ran out of memory in step {step + 1} (micro_tokens={s.micro_tokens or 'null'})"
+        if (less := smaller([self.policy.tokens_of(g) for g in groups], s.micro_tokens)) is None:
+            raise RunError(f"{there}, with one question at a time: model.gradient_checkpointing=true, engine=zero3 or "
+                           f"zero3_offload, a lower max_tokens or fewer generations")  # fmt: skip
+        if s.out_of_memory == "stop" or self.world > 1 or self.engine.stage or not unchanged:
+            raise RunError(f"{there}: go on with name={self.folder.name} resume=true micro_tokens={less}; the numbers "
+                           f"stay the same")  # fmt: skip
+        self.display.say(f"{there}: made again with micro_tokens={less}, which changes no number")
+        self.engine.forget()
+        self.settings = replace(s, micro_tokens=less)
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank was. Every rank calls: all stop at the same place."""

@@ -27,7 +27,7 @@ from grpo.signals import STOPPING, install
 from grpo.train import guard_packages
 
 FREE_ON_RESUME = set(
-    "resume stop_at name tracking checkpoint log encoded workers audio_cache micro_tokens cache engine".split()
+    "resume stop_at name tracking checkpoint log encoded workers audio_cache micro_tokens cache engine watch".split()
 )
 TYPES = {"epochs": float, "steps": int | None, "seed": int, "questions": int, "micro_tokens": int | None,
          "workers": int, "max_tokens": int, "resume": bool, "stop_at": int | None, "encoded": int}  # fmt: skip

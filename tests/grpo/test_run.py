@@ -18,13 +18,14 @@ def clock(monkeypatch):
     """The seconds that a run sees: a step takes 8 of them and 600 tokens a rank; model and picture are left out."""
     now = SimpleNamespace(seconds=1000.0)
 
-    def step(run, number):
+    def step(run, number, collected):
         with run.clock("update"):
             now.seconds += 8
         run.tokens += 600 * run.world
         return {"reward": 1.0, "completions/mean_length": 5.0}, [], []
 
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(module, "collect", lambda run, step: ([], {}))
     monkeypatch.setattr(module.loop, "step", step)
     monkeypatch.setattr(module.loop, "sync", lambda run, groups: {})
     monkeypatch.setattr(module, "curves", lambda folder: None)
@@ -32,6 +33,10 @@ def clock(monkeypatch):
     monkeypatch.setattr(module, "facts", lambda dataset, policy: {"data_fingerprint": dataset.fingerprint})
     monkeypatch.setattr(Run, "evaluate", lambda run: {"accuracy/heldout": 0.5})
     return now
+
+
+class OneEngine(OneRank):
+    taken = 0
 
 
 class Saved:
@@ -49,9 +54,10 @@ class Saved:
 def leg(folder, saved, clock, *, ranks=1, stop_at=None, resume=False, seen=lambda: None):
     """One leg of a run of 6 steps, with a checkpoint every 2nd. `seen` is called at the end of each step."""
     run, nothing = object.__new__(Run), lambda *_, **__: None
-    cfg = OmegaConf.create({"tracking": {"_target_": "grpo.tracking.NoTracker"}, "rollout": {}, "steps": 6})
+    cfg = OmegaConf.create({"tracking": {"_target_": "grpo.tracking.NoTracker"}, "rollout": {}, "rewards": {},
+                            "steps": 6})  # fmt: skip
     vars(run).update(
-        cfg=cfg, folder=folder, world=ranks, rank=0, engine=OneRank(), policy=None, objective=None, checkpoints=saved,
+        cfg=cfg, folder=folder, world=ranks, rank=0, engine=OneEngine(), policy=None, objective=None, checkpoints=saved,
         tokens=0, version=0, quarantined={}, before={"seconds": 0.0, "device_seconds": 0.0}, clock=module.Clock(),
         settings=SimpleNamespace(steps=6, stop_at=stop_at, resume=resume, traced_steps=0, reference_every=None,
                                  eval_every=9, questions=2, generations=2, checkpoint_every=2, samples_every=9,
