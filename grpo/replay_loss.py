@@ -222,12 +222,7 @@ def _arms(run: Path, words: Sequence[str], config_dir: Path | None) -> tuple[lis
 
     from grpo.config import build, build_objective, check_call, check_targets
 
-    for name in ("config.yaml", ".hydra/overrides.yaml"):
-        if not (run / name).exists():
-            raise ReplayError(f"{run}/{name} is missing: is {run} a run folder?")
-    before = [str(o) for o in OmegaConf.load(run / ".hydra" / "overrides.yaml")]
-    if any("_target_" in o for o in before):
-        raise ReplayError(f"{run} was started with an override of a _target_: put that into a YAML of your own")
+    before = overrides_of(run)
     saved = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     parser = OverridesParser.create()
     given = parser.parse_overrides(list(words))
@@ -273,6 +268,31 @@ def _arms(run: Path, words: Sequence[str], config_dir: Path | None) -> tuple[lis
     return found, missing
 
 
+def overrides_of(run: Path) -> list[str]:
+    """What the run was started with. Raises ReplayError where it is no run, or names code in its overrides."""
+    from omegaconf import OmegaConf
+
+    for name in ("config.yaml", ".hydra/overrides.yaml"):
+        if not (run / name).exists():
+            raise ReplayError(f"{run}/{name} is missing: is {run} a run folder?")
+    before = [str(o) for o in OmegaConf.load(run / ".hydra" / "overrides.yaml")]
+    if any("_target_" in o for o in before):
+        raise ReplayError(f"{run} was started with an override of a _target_: put that into a YAML of your own")
+    return before
+
+
+def composed_again(run: Path, config_dir: Path | None, groups: Sequence[str]):
+    """(the run's config composed from conf/ and `config_dir`, those of `groups` that differ from what it was then)."""
+    from hydra import initialize_config_module
+    from omegaconf import OmegaConf
+
+    before = overrides_of(run)
+    with initialize_config_module("conf", version_base="1.3"):
+        cfg, _ = _composed(before, config_dir)
+    saved = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    return cfg, {group for group in groups if OmegaConf.to_container(cfg[group]) != saved.get(group)}
+
+
 def _composed(overrides: Sequence[str], config_dir: Path | None):
     """(resolved config, name of the loss) of conf/train.yaml with these overrides."""
     from hydra import compose
@@ -291,6 +311,7 @@ def load_policy(run: Path, folder: Path, model: str | None = None):
 
     `model` takes the place of the checkpoint that the adapter names. Raises ReplayError where there is none.
     """
+    from huggingface_hub.errors import HFValidationError
     from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
@@ -313,7 +334,7 @@ def load_policy(run: Path, folder: Path, model: str | None = None):
             device="cuda" if torch.cuda.is_available() else "cpu", forward=cfg.model.forward,
             gradient_checkpointing=cfg.model.gradient_checkpointing, attention=cfg.model.attention,
         )  # fmt: skip
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise ReplayError(f"the base model {model} is not here: name it with --model ({error})") from error
     if weights is not None:
         policy.load_adapter(weights)

@@ -280,7 +280,7 @@ class Run:
                         tick()
                     if bad and state["nonfinite_in_a_row"] >= s.max_nonfinite:
                         kept = record.step_folder(self.folder, trained).exists()
-                        look = f"python -m grpo.replay_loss {self.folder} --step {trained} loss=grpo"
+                        look = f"python -m grpo.replay {self.folder} --step {trained}"
                         raise FloatingPointError(
                             f"loss or gradient was not finite {state['nonfinite_in_a_row']} steps in a row "
                             f"(max_nonfinite={s.max_nonfinite})" + (f"; the last is kept: {look}" if kept else "")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo.replay import main as replay
 from tests.grpo.test_engine import free_port
 from tests.grpo.test_metrics import documented
 
@@ -169,7 +170,7 @@ def test_told_to_stop_it_goes_on_to_the_same_end(work, straight, number, ranks):
         assert lines(work, name, "samples.jsonl") == lines(work, "straight", "samples.jsonl")
 
 
-def test_steps_that_are_not_finite_are_skipped_counted_and_kept(work, straight):
+def test_steps_that_are_not_finite_are_skipped_counted_and_kept(work, straight, monkeypatch):
     done = train(work, "name=nan", "loss.beta=inf", "max_nonfinite=2", ok=False)  # 0 * inf: every loss is no number
     assert "not finite 2 steps in a row" in done.stderr and "--step 2" in done.stderr
     rows = lines(work, "nan")[1:]
@@ -177,6 +178,8 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_kept(work, straight):
     kept = [work / "outputs" / "nan" / "rollouts" / f"step-00000{step}" / "adapter" for step in (1, 2)]
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in kept)
     assert before and all(torch.equal(before[name], after[name]) for name in before)  # nothing was learned
+    monkeypatch.chdir(work)
+    assert replay(["outputs/nan", "--step", "2"]) == 0
 
 
 def test_a_run_without_a_checkpoint_begins_anew(work):
@@ -268,6 +271,15 @@ def test_a_renewed_reference_dynamic_sampling_and_a_bonus_with_memory(work, lab)
     assert len(samples) == 6 * 16 and [key for row in lab for key in row if key != "step" and not documented(key)] == []
     kept = sorted(p.name for p in (work / "outputs" / "lab" / "rollouts").iterdir())
     assert kept == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_a_step_of_it_is_made_again_from_its_record(work, lab, capsys, monkeypatch):
+    monkeypatch.chdir(work)
+    assert replay(["outputs/lab", "--step", "4"]) == 0
+    said = capsys.readouterr().out
+    row = next(r for r in lines(work, "lab", "samples.jsonl") if r["step"] == 4)
+    assert row["question"] in said and f"(right: {row['gold']})" in said and row["audio"] in said
+    assert "0 completions differ" in said and said.count("the same") == 5
 
 
 def test_all_of_it_survives_a_stop(work, lab):

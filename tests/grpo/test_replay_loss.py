@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from grpo import record, replay_loss
+from grpo import replay as replay_step
 from grpo.advantage import group_mean, group_std, opo
 from grpo.batch import Completion, Group, LossInputs, needs, pad_rows, quantile
 from grpo.lossdocs import ROOT, built
@@ -365,3 +366,47 @@ def test_the_report_reads_the_record(recorded):
     assert [len(f["t"]) for f in figures] == [len(f["ratio"]) for f in figures] == lengths
     expected = (parts[1].logp_GT[0] - parts[1].old_logp_GT[0])[: lengths[0]].exp()
     assert figures[0]["ratio"] == pytest.approx(expected.tolist(), rel=1e-3)
+
+
+# ---------------------------------------------------------------- the step itself: python -m grpo.replay
+
+
+def test_a_step_is_made_again_stage_by_stage(run, capsys):
+    assert replay_step.main([str(run), "--step", "2"]) == 0
+    out = capsys.readouterr().out
+    got = record.read(record.step_folder(run, 2))
+    assert out.count("question  ") == 4 and all(f"question  {g.prompt.id}: " in out for g in got.groups)
+    assert f"{got.facts['loss']:.8g}" in out and f"{got.facts['grad_norm']:.8g}" in out
+    assert "accuracy" in out and out.count("the same") == 4 and "DIFFERS" not in out
+    assert "samples.jsonl has 0 of 24 completions: left out" in out  # this run has none
+
+
+def test_a_record_that_was_changed_is_found_out(run, capsys):
+    tensors, cfg = record.step_folder(run, 2) / "tensors.safetensors", run / "config.yaml"
+    before, config = tensors.read_bytes(), cfg.read_text()
+    changed = load_file(tensors)
+    changed["reward_N"][0] += 1
+    changed["old_logp_NT"][0, 0] -= 1
+    try:
+        save_file(changed, tensors)
+        one = record.read(tensors.parent).groups[1].prompt.id
+        assert replay_step.main([str(run), "--step", "2", "--question", one]) == 1
+        out = capsys.readouterr().out
+        odd = {line.split("  ")[0] for line in out.splitlines() if line.endswith("DIFFERS")}
+        assert {"advantages", "log π_old"} <= odd
+        assert out.count("question  ") == 1
+        save_file(load_file(tensors) | {"advantage_N": torch.full((24,), float("nan"))}, tensors)
+        assert replay_step.main([str(run), "--step", "2"]) == 1 and "inf apart" in capsys.readouterr().out
+        tensors.write_bytes(before)
+        cfg.write_text(config.replace("clip_high: 0.3", "clip_high: 0.4"))
+        assert replay_step.main([str(run), "--step", "2"]) == 0
+        out = capsys.readouterr().out
+        assert "loss of" in out and "composed differently now: left out" in out
+    finally:
+        tensors.write_bytes(before), cfg.write_text(config)
+
+
+def test_what_cannot_be_replayed_is_one_line(run):
+    for words, told in (["--step", "3"], "recorded: step-000002"), (["--step", "2", "--question", "x"], "step 2 asked"):
+        with pytest.raises(SystemExit, match=told):
+            replay_step.main([str(run), *words])
