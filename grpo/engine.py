@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from grpo.watch import WATCH
 
 REDUCE_BUCKET = 50_000_000  # gradients that travel at once
+LIVE = 1_000_000_000
 
 
 def start_distributed(watch: Mapping[str, float] | None = None) -> tuple[int, int]:
@@ -70,8 +71,10 @@ def stop_distributed() -> None:
         dist.destroy_process_group()
 
 
-def zero_config(*, stage: int, clip: float, dtype: str, world: int, offload: bool = False) -> dict:
+def zero_config(*, stage: int, clip: float, dtype: str, world: int, offload: bool = False, live: int = LIVE) -> dict:
     """DeepSpeed's configuration. Every default that changes numbers is set on purpose.
+
+    `live`: weights that stage 3 may leave gathered, for their next use.
 
     `offload`: weights and optimizer state wait in the host's memory, and the optimizer steps there. ValueError below
     stage 3.
@@ -98,12 +101,35 @@ def zero_config(*, stage: int, clip: float, dtype: str, world: int, offload: boo
             "memory_efficient_linear": False,
             # 0: also small tensors are really partitioned, so that tests on tiny models exercise what 7B does.
             "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live,
+            "stage3_prefetch_bucket_size": min(live // 10, REDUCE_BUCKET),
             **({"offload_param": host, "offload_optimizer": host} if offload else {}),
         },
         # Gradients of micro-batches and ranks add up in float32: in bfloat16 (the default with it) a sum of many loses
         # what each further one adds. (Stage 0 refuses the mix; stage 1 would take another optimizer for it.)
         **({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if stage > 1 else {}),
     }
+
+
+def _pack(tensor: Tensor):
+    """A gathered weight is not kept for the backward pass, only where it comes from.
+
+    A linear layer saves its weight transposed: autograd would hold every gathered weight until the backward pass, and
+    with them the whole model on each rank.
+    """
+    weight = tensor if tensor._base is None else tensor._base
+    if not hasattr(weight, "ds_id"):
+        return tensor
+    return weight, tensor.size(), tensor.stride(), tensor.storage_offset() - weight.storage_offset()
+
+
+def _unpack(kept) -> Tensor:
+    """DeepSpeed has gathered a module's weights again when its backward pass asks for them."""
+    if isinstance(kept, Tensor):
+        return kept
+    weight, size, stride, offset = kept
+    return weight.data.as_strided(size, stride, weight.storage_offset() + offset)
 
 
 class Engine:
@@ -117,22 +143,32 @@ class Engine:
 
     def __init__(self, policy: nn.Module, optimizer: Callable, config: Mapping):
         self.policy, self.config = policy, dict(config)
-        self.stage = config["zero_optimization"]["stage"]
+        zero = self.config["zero_optimization"] = dict(config["zero_optimization"])
+        self.stage = zero["stage"]
         self.clip = config["gradient_clipping"]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         # Of the reference, where it is not the model with its adapter off: this rank's part of each trained weight.
         self.anchor: dict[str, Tensor] | None = None
         self.refreshed = False  # since the start, whose weights the checkpoint that is trained holds
+        # No larger than what is trained: of an adapter that is a few megabytes.
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.trainable.values())
+        zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], trained)
         self.optimizer = optimizer(list(self.trainable.values()))
         self.deepspeed, *_ = deepspeed.initialize(
-            model=policy, optimizer=self.optimizer, model_parameters=list(self.trainable.values()), config=dict(config)
+            model=policy,
+            optimizer=self.optimizer,
+            model_parameters=list(self.trainable.values()),
+            config=dict(self.config),
         )
 
     def __call__(self, *args):
         """Forward of the policy, through the hooks that gather ZeRO-3's partitions."""
         WATCH.moved()
-        return self.deepspeed(*args)
+        if self.stage < 3:
+            return self.deepspeed(*args)
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+            return self.deepspeed(*args)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradient of this rank's share of the step's loss. All ranks make equally many calls a step."""

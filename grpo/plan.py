@@ -21,12 +21,11 @@ from torch import Tensor
 from grpo.attention import Prefix
 from grpo.batch import needs
 from grpo.config import ConfigError, build_objective, composed, one_line_errors, settings
-from grpo.engine import REDUCE_BUCKET
+from grpo.engine import LIVE, REDUCE_BUCKET
 from grpo.logprob import LOGITS_AT_ONCE
 from grpo.sync.names import group_of
 from grpo.sync.traffic import OMNI_7B, Shape
 
-LIVE = 10**9  # weights that DeepSpeed lets ZeRO-3 hold gathered (stage3_max_live_parameters' default)
 # bytes, bfloat16 operations a second, bytes a second: the makers' data sheets, dense
 DEVICES = {"a100": (80e9, 312e12, 2.0e12), "h100": (80e9, 989e12, 3.35e12), "h200": (141e9, 989e12, 4.8e12)}
 AUDIO = "audio_tower"
@@ -193,6 +192,24 @@ def states(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, 
     }
 
 
+def work_space(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, dtype: str, micro: Micro,
+               flex: bool, checkpointing: bool, live: int = LIVE) -> dict[str, float]:  # fmt: skip
+    """Bytes that come and go in one update on a rank. Not all are there at once: together they are an upper bound."""
+    size, found = (2 if dtype == "bfloat16" else 4), {}
+    if stage == 3:
+        biggest = max(torch.Size(shape_).numel() for shape_ in weights_of(shape).values())
+        # DeepSpeed receives the parts in one buffer and joins them in another
+        found["gathered weights"] = (min(shape.all_weights(), live + biggest) + biggest) * size
+    if stage > 1:  # and, in stage 3, a copy that is cut into the ranks' parts
+        trained = sum(trained_of(shape, lora, full).values())
+        found["gradient buckets"] = min(REDUCE_BUCKET, trained) * 4 * (2 if stage == 3 else 1)
+    found["activations"] = kept_bytes(shape, lora, full, dtype=dtype, micro=micro, flex=flex,
+                                      checkpointing=checkpointing)  # fmt: skip
+    scored = micro.groups * micro.copies * micro.completion
+    found["logits chunk"] = 3 * 4 * min(LOGITS_AT_ONCE, scored * shape.vocab)
+    return found
+
+
 def plan(cfg: DictConfig, shape: Shape, given: Given) -> Plan:
     """The figures for a composed config. Raises ConfigError for an unknown device or an uneven share."""
     if given.device not in DEVICES:
@@ -226,15 +243,9 @@ def plan(cfg: DictConfig, shape: Shape, given: Given) -> Plan:
     # ---------------------------------------------------------------- memory
     fixed = states(shape, lora, full, stage=stage, ranks=ranks, dtype=dtype, reference=reference)
     (out.host if cfg.engine.offload else out.trainer).update({k: v for k, v in fixed.items() if v})
-    if stage == 3:
-        biggest = max(torch.Size(shape_).numel() for shape_ in every.values())
-        out.trainer["gathered weights, at most"] = min(shape.all_weights(), LIVE + biggest) * size if ranks > 1 else 0
-    if stage > 1:
-        out.trainer["gradient bucket"] = REDUCE_BUCKET * 4
-    out.trainer["activations"] = kept_bytes(shape, lora, full, dtype=dtype, micro=micro, flex=True,
-                                            checkpointing=cfg.model.gradient_checkpointing)  # fmt: skip
-    scored = groups * s.generations * given.completion
-    out.trainer["logits chunk"] = 3 * 4 * min(LOGITS_AT_ONCE, scored * shape.vocab)
+    out.trainer |= work_space(shape, lora, full, stage=stage, dtype=dtype, micro=micro, flex=True,
+                              checkpointing=cfg.model.gradient_checkpointing,
+                              live=cfg.engine.get("live", LIVE))  # fmt: skip
     out.host["audio cache, at most"] = cfg.audio_cache.memory_gib * 2**30
     token_kv = 2 * shape.layers * shape.kv_heads * shape.head_dim * size
     engines = place.get("engines", ranks)

@@ -1,7 +1,8 @@
 """`make bench`: every claim about speed as a ratio, measured side by side here; `make bench-gpu`: at 7B shapes.
 
-python -m grpo.bench                       all sections but `engines`, and docs/performance.md
+python -m grpo.bench                       all sections but the last two, and docs/performance.md
 python -m grpo.bench forward growth        some of them, printed only
+python -m grpo.bench zero                  memory of a rank by ZeRO stage and ranks, against grpo.plan (minutes)
 python -m grpo.bench engines --rounds 1    whole runs of every rollout engine (minutes)
 python -m grpo.bench --gpu                 the update and whole runs at 7B's shapes with random weights
 """
@@ -34,11 +35,12 @@ def machine() -> str:
 
 
 def main() -> None:
-    from grpo.bench.sections import SECTIONS, Setting
+    from grpo.bench.sections import ASKED, SECTIONS, Setting
 
+    known = [*SECTIONS, *ASKED, "engines"]
     parser = argparse.ArgumentParser(prog="python -m grpo.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}, engines; default: all but engines")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(known)}; default: {', '.join(SECTIONS)}")
     parser.add_argument("--gpu", action="store_true", help="random weights of Qwen2.5-Omni-7B's size, on this GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of each run (engines)")
@@ -47,8 +49,8 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     overrides += [word for word in args.sections if "=" in word]
     asked = [word for word in args.sections if "=" not in word]
-    if odd := [word for word in [*asked, *overrides] if word not in (*SECTIONS, "engines") and "=" not in word]:
-        parser.error(f"there is no section {odd[0]!r}: {', '.join(SECTIONS)}, engines")
+    if odd := [word for word in [*asked, *overrides] if word not in known and "=" not in word]:
+        parser.error(f"there is no section {odd[0]!r}: {', '.join(known)}")
     if args.gpu:
         import torch
 
@@ -60,7 +62,7 @@ def main() -> None:
                   os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     setting = Setting(CACHE, gpu=args.gpu, rounds=args.rounds)
     print(machine(), flush=True)
-    text = [f"{title}\n\n{body}" for title, body in written(SECTIONS, asked, setting)]
+    text = [f"{title}\n\n{body}" for title, body in written(SECTIONS | (ASKED if asked else {}), asked, setting)]
     if "engines" in asked or args.gpu:
         from grpo.bench import runs
 

@@ -70,11 +70,13 @@ class Bench:
         device, dtype: of the policy.
     """
 
+    PROMPT = Prompt(system=None, instruction="Listen.")
+
     def __init__(self, folder: Path, shape: Shape, *, device: str = "cpu", dtype: str = "float32", checkpointing=False):
         folder.mkdir(parents=True, exist_ok=True)
         random_checkpoint(folder, shape.sizes(), filled=shape.vocabulary - 200, dtype=getattr(torch, dtype))
         self.shape = shape
-        self.policy = Policy(folder, LORA, prompt=Prompt(system=None, instruction="Listen."), dtype=dtype,
+        self.policy = Policy(folder, LORA, prompt=self.PROMPT, dtype=dtype,
                              device=device, gradient_checkpointing=checkpointing)  # fmt: skip
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         generator = torch.Generator().manual_seed(0)
@@ -83,18 +85,7 @@ class Bench:
                 p.data.copy_(0.02 * torch.randn(p.shape, generator=generator))
 
     def group(self, number: int, prompt: int, completion: int, copies: int) -> Group:
-        """A group with a prompt of exactly `prompt` tokens, five eighths of them sound, and equal completions."""
-        generator = torch.Generator().manual_seed(number)
-        samples = 0.1 * torch.randn(16000 * (prompt * 5 // 8) // 25, generator=generator)
-        question = Question(id=str(number), audio=None, question="?", choices=("A", "B"), answer=0)
-        made = self.policy.encode(question, Clip(samples.numpy(), 16000))
-        short = prompt - len(made.prompt_ids)
-        if short < 0:
-            raise ValueError(f"a prompt needs {len(made.prompt_ids)} tokens at least, got {prompt}")
-        words = torch.randint(0, 250, (short,), generator=generator)
-        made = type(made)(made.id, torch.cat([made.prompt_ids, words]), made.mel, made.clip_sha256)
-        ids = torch.randint(0, 250, (copies, completion), generator=generator).tolist()
-        return Group(made, tuple(Completion(tuple(i), (0.0,) * completion, "", False, 0) for i in ids))
+        return random_group(self.policy, number, prompt, completion, copies)
 
     # ---------------------------------------------------------------- ways to make a step
 
@@ -150,3 +141,18 @@ class Bench:
 
 def geometric(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def random_group(policy: Policy, number: int, prompt: int, completion: int, copies: int) -> Group:
+    """A group with a prompt of exactly `prompt` tokens, five eighths of them sound, and equal completions."""
+    generator = torch.Generator().manual_seed(number)
+    samples = 0.1 * torch.randn(16000 * (prompt * 5 // 8) // 25, generator=generator)
+    question = Question(id=str(number), audio=None, question="?", choices=("A", "B"), answer=0)
+    made = policy.encode(question, Clip(samples.numpy(), 16000))
+    short = prompt - len(made.prompt_ids)
+    if short < 0:
+        raise ValueError(f"a prompt needs {len(made.prompt_ids)} tokens at least, got {prompt}")
+    words = torch.randint(0, 250, (short,), generator=generator)
+    made = type(made)(made.id, torch.cat([made.prompt_ids, words]), made.mel, made.clip_sha256)
+    ids = torch.randint(0, 250, (copies, completion), generator=generator).tolist()
+    return Group(made, tuple(Completion(tuple(i), (0.0,) * completion, "", False, 0) for i in ids))
