@@ -13,6 +13,7 @@ from math import isfinite
 
 from data.question import Question
 from grpo.batch import Group
+from grpo.watch import WATCH
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def score(rewards, question: Question, group: Group) -> Earned:
          "n_tokens": len(c.token_ids), "truncated": c.truncated} for c in group.completions
     ]  # fmt: skip
     scores = rewards.score([c.text for c in group.completions], contexts=contexts)
+    WATCH.busy()
     failed = {f.index: f"question {question.id}, completion {f.index}, {f.component}: {f.error}"
               for f in reversed(scores.failures)}  # fmt: skip
     return Earned(question, group, scores.components, scores.total, tuple(failed.values()))

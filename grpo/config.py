@@ -8,7 +8,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -38,6 +38,21 @@ FREE_ON_RESUME = frozenset(
     "bench resume stop_at name tracking checkpoint log samples encoded workers audio_cache micro_tokens profile cache "
     "dry_run engine placement max_nonfinite watch out_of_memory".split()
 )
+
+# How patient a run is with its rewards may change too.
+FREE_OF_REWARDS = frozenset({"max_failed", "seconds"})
+
+
+def differing(saved: Mapping, mine: Mapping, free: Set[str] = FREE_ON_RESUME) -> list[str]:
+    """Keys of two resolved configs that make them two runs, in order."""
+
+    def of(cfg: Mapping, key: str):
+        if key == "rewards" and isinstance(cfg.get(key), Mapping):
+            return {k: v for k, v in cfg[key].items() if k not in FREE_OF_REWARDS}
+        return cfg.get(key)
+
+    return sorted(k for k in saved.keys() | mine.keys() if k not in free and of(saved, k) != of(mine, k))
+
 
 # Keys of `rollout` that are the run's, whatever the engine (conf/train.yaml).
 ROLLOUT_KEYS = ("lag", "correction", "correction_level", "correction_cap")

@@ -74,10 +74,8 @@ def stop_distributed() -> None:
 def zero_config(*, stage: int, clip: float, dtype: str, world: int, offload: bool = False, live: int = LIVE) -> dict:
     """DeepSpeed's configuration. Every default that changes numbers is set on purpose.
 
-    `live`: weights that stage 3 may leave gathered, for their next use.
-
     `offload`: weights and optimizer state wait in the host's memory, and the optimizer steps there. ValueError below
-    stage 3.
+    stage 3. `live`: weights that stage 3 may leave gathered, for their next use.
     """
     if offload and stage != 3:
         raise ValueError(f"engine.offload is for stage 3, got stage {stage}: use engine=zero3_offload")

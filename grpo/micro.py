@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -49,8 +50,9 @@ def micro_batches(
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the device, or the host, had no room for a tensor."""
-    text = str(error)  # the CPU's allocator has no class of its own
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text
+    # The CPU's allocator, CUDA's libraries and NCCL have no class of their own for it.
+    told = re.search(r"out of memory|DefaultCPUAllocator|ALLOC_FAILED", str(error))
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(told)
 
 
 def smaller(sizes: Sequence[int], budget: int | None) -> int | None:

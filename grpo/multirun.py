@@ -34,7 +34,7 @@ from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from grpo.config import FREE_ON_RESUME
+from grpo.config import differing
 from grpo.optuna_sweep import OptunaSweeper
 from launch.slurm import sweep
 
@@ -262,9 +262,8 @@ def todo(cfg: DictConfig, folder: Path) -> DictConfig | None:
         # steps is compared with the others: a run of more steps is another run
         before = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").exists() else {}
         now = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True)
-        odd = [k for k in before.keys() | now.keys() if k not in FREE_ON_RESUME and before.get(k) != now.get(k)]
-        if odd:
-            raise ValueError(f"resume=true, but {', '.join(sorted(odd))} differ from {folder}/config.yaml: give the "
+        if odd := differing(before, now):
+            raise ValueError(f"resume=true, but {', '.join(odd)} differ from {folder}/config.yaml: give the "
                              f"same overrides as before, or start a new multirun")  # fmt: skip
         return None
     if not begun:  # stopped before its first checkpoint: the same seed writes the same lines again

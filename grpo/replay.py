@@ -16,15 +16,14 @@ import math
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from grpo.advantage import advantages
 from grpo.record import Record, RecordError, read, step_folder
-from grpo.replay_loss import ReplayError, arms, composed_again, load_policy, replay
+from grpo.replay_loss import ReplayError, advantages_of, arms, composed_again, gap, load_policy, replay
 
 
 @dataclass(frozen=True)
@@ -63,58 +62,44 @@ def scored_again(rewards, rows: Sequence[dict]) -> torch.Tensor:
     return torch.tensor(rewards.score([row["completion"] for row in rows], contexts=contexts).components)
 
 
-def gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference; NaN beside NaN is none, beside a number it is infinite."""
-    apart = (a.double() - b.double()).abs()
-    apart[a.isnan() & b.isnan()] = 0
-    apart[a == b] = 0  # infinities
-    return apart.nan_to_num(nan=math.inf).max().item() if len(apart) else 0.0
+def compared(record: Record, run: Path, rows: Sequence[dict], config_dir: Path | None,
+             model: str | None) -> Iterator[Check | str]:  # fmt: skip
+    """Every stage of the step made again from the one before; lines of text stand for what cannot be.
 
-
-def compared(record: Record, run: Path, rows: Sequence[dict], config_dir: Path | None, model: str | None) -> list:
-    """Every stage of the step made again from the one before; lines of text stand for what cannot be."""
-    from grpo.batch import needs
+    Raises ReplayError where it cannot go on.
+    """
     from grpo.config import build
 
-    found: list[Check | str] = []
     cfg, odd = composed_again(run, config_dir, ("rewards", "advantage"))
     if "rewards" in odd:
-        found.append("rewards       composed differently now: left out")
+        yield "rewards       composed differently now: left out"
     elif len(rows) != len(record.reward_N):
-        found.append(f"rewards       samples.jsonl has {len(rows)} of {len(record.reward_N)} completions: left out")
+        yield f"rewards       samples.jsonl has {len(rows)} of {len(record.reward_N)} completions: left out"
     else:
         again = scored_again(build(cfg.rewards, "rewards"), rows)
         differ = sum(gap(a, b) > 1e-5 for a, b in zip(again, record.component_NR, strict=True))
-        found.append(Check("rewards", f"{again.numel()} numbers", f"{differ} completions differ", not differ))
+        yield Check("rewards", f"{again.numel()} numbers", f"{differ} completions differ", not differ)
     chosen, missing = arms(run, [], config_dir)
     if missing or "advantage" in odd:
-        return [*found, f"loss          {missing or 'the advantage composed differently now: left out'}"]
+        yield f"the rest      {missing or 'the advantage composed differently now: left out'}"
+        return
     (own,) = chosen
-    asked = needs(own.loss)
-    if not asked.kl_in_reward:
-        function, size = build(cfg.advantage, "advantage"), record.group_size
-        reward_BG = record.reward_N.view(-1, size)
-        tokens_BG = record.mask(asked.mask_truncated).sum(-1).view(reward_BG.shape).float()
-        again = advantages(function, reward_BG, component_BGR=record.component_NR.view(len(reward_BG), size, -1),
-                           weights_R=record.weights_R, tokens_BG=tokens_BG)  # fmt: skip
-        apart = gap(again.flatten(), record.advantage_N)
-        found.append(Check("advantages", f"{again.numel()} numbers", f"{apart:.1e} apart", apart <= 1e-5))
+    again = advantages_of(replace(own, advantage=build(cfg.advantage, "advantage")), record, record.ref_logp_NT)
+    apart = gap(again, record.advantage_N)
+    yield Check("advantages", f"{again.numel()} numbers", f"{apart:.1e} apart", apart <= 1e-5)
     policy = load_policy(run, step_folder(run, record.step) / "adapter", model)
+    exact = all(p.dtype == torch.float32 for p in policy.parameters())
     if (state := record.facts.get("entropy_state")) and getattr(own.loss, "entropy", None) is not None:
         own.loss.entropy.load_state(state)
     (result,), worst = replay(record, policy, [own])
-    found.append(Check("log π_old", f"{int(record.mask(False).sum())} tokens", f"{worst:.1e} apart", worst <= 0.05))
+    n = int(record.mask(False).sum())
+    yield Check("log π_old", f"{n} tokens", f"{worst:.1e} apart", worst <= (1e-3 if exact else 0.05))
     for name, again in (("loss", result.loss), ("grad norm", result.figures["grad norm"])):
         if (live := record.facts.get(name.replace(" ", "_"))) is not None:
-            live, near = float(live), 1e-4 if policy_is_float32(policy) else 0.05
-            same = math.isclose(live, again, rel_tol=near, abs_tol=1e-6) or not (
-                math.isfinite(live) or math.isfinite(again))  # fmt: skip
-            found.append(Check(name, f"{live:.8g}", f"{again:.8g}", same))
-    return found
-
-
-def policy_is_float32(policy) -> bool:
-    return all(p.dtype == torch.float32 for p in policy.parameters())
+            live, finite = float(live), math.isfinite(float(live)) and math.isfinite(again)
+            same = math.isclose(live, again, rel_tol=1e-4 if exact else 0.05, abs_tol=1e-6) if finite else (
+                math.isfinite(live) == math.isfinite(again))  # fmt: skip
+            yield Check(name, f"{live:.8g}", f"{again:.8g}", same)
 
 
 def batch_text(record: Record, rows: Sequence[dict], texts: Sequence[str], names: Sequence[str],
@@ -171,10 +156,12 @@ def main(arguments: list[str] | None = None) -> int:
             rows, said = rows_of(given.run, given.step), json.loads((folder / "step.json").read_text(encoding="utf-8"))
         except RecordError as error:
             sys.exit(f"error: {error}")
+        found: list[Check | str] = []
         try:
-            found = compared(record, given.run, rows, given.config_dir, given.model)
+            for check in compared(record, given.run, rows, given.config_dir, given.model):
+                found.append(check)
         except ReplayError as error:  # what was recorded can be shown all the same
-            found = [f"not made again: {error}"]
+            found.append(f"not made again: {error}")
     print(f"{given.run} step {record.step}: {len(ids)} questions x {record.group_size} completions, "
           f"weights of version {record.groups[0].completions[0].version}")  # fmt: skip
     width = min(shutil.get_terminal_size().columns, 120)

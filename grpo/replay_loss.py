@@ -25,6 +25,7 @@ import argparse
 import csv
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -104,8 +105,8 @@ def replay(record: Record, policy, arms: Sequence[Arm], *, dropout: bool = True)
             logp_NT, entropy_NT = policy(micro, with_entropy)
             width = logp_NT.shape[1]
             old_NT = record.old_logp_NT[rows, :width].to(logp_NT.device)
-            spread_NT = (logp_NT.detach() - old_NT)[record.mask(False)[rows, :width].to(logp_NT.device)]
-            worst = max(worst, spread_NT.abs().max().item() if len(spread_NT) else 0.0)
+            mask_NT = record.mask(False)[rows, :width]
+            worst = max(worst, gap(logp_NT.detach().cpu()[mask_NT], old_NT.cpu()[mask_NT]))
             for a, (arm, plan) in enumerate(zip(arms, plans, strict=True)):
                 leaf_NT, spread_of_NT = (t.detach().requires_grad_() for t in (logp_NT, entropy_NT))
                 x = plan(rows, width, leaf_NT, spread_of_NT, old_NT)
@@ -134,6 +135,13 @@ def replay(record: Record, policy, arms: Sequence[Arm], *, dropout: bool = True)
     ], worst  # fmt: skip
 
 
+def gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference; NaN beside NaN is none, beside a number it is infinite. 0 of nothing."""
+    apart = (a.double() - b.double()).abs()
+    apart[(a.isnan() & b.isnan()) | (a == b)] = 0  # the latter: infinities
+    return apart.nan_to_num(nan=math.inf).max().item() if apart.numel() else 0.0
+
+
 def _micro_batches(record: Record, policy, *, seeded: bool = False):
     """(questions, what the policy prepared of them) of every micro-batch, split as in the run."""
     of = None
@@ -159,19 +167,23 @@ def _reference(record: Record, policy) -> Tensor:
     return ref_NT
 
 
+def advantages_of(arm: Arm, record: Record, ref_NT: Tensor | None) -> Tensor:
+    """[N], of the recorded rewards, as the arm's advantage makes them; KL off the rewards where its loss wants that."""
+    asked, reward_BG = needs(arm.loss), record.reward_N.view(-1, record.group_size)
+    mask_NT = record.mask(asked.mask_truncated)
+    if asked.kl_in_reward:
+        reward_BG = reward_BG - arm.loss.kl_penalty(record.old_logp_NT, ref_NT, mask_NT).view_as(reward_BG)
+    return advantages(
+        arm.advantage, reward_BG, component_BGR=record.component_NR.view(*reward_BG.shape, -1),
+        weights_R=record.weights_R, tokens_BG=mask_NT.sum(-1).view(reward_BG.shape),
+    ).flatten()  # fmt: skip
+
+
 def _plan(arm: Arm, record: Record, ref_NT: Tensor | None) -> Callable[..., LossInputs]:
     """What of LossInputs is the same in all micro-batches, for this arm; called with what is not."""
     asked = needs(arm.loss)
     mask_NT = record.mask(asked.mask_truncated)
-    advantage_N = record.advantage_N
-    if arm.advantage is not None:
-        reward_BG = record.reward_N.view(-1, record.group_size)
-        if asked.kl_in_reward:
-            reward_BG = reward_BG - arm.loss.kl_penalty(record.old_logp_NT, ref_NT, mask_NT).view_as(reward_BG)
-        advantage_N = advantages(
-            arm.advantage, reward_BG, component_BGR=record.component_NR.view(*reward_BG.shape, -1),
-            weights_R=record.weights_R, tokens_BG=mask_NT.sum(-1).view(reward_BG.shape),
-        ).flatten()  # fmt: skip
+    advantage_N = record.advantage_N if arm.advantage is None else advantages_of(arm, record, ref_NT)
     cut = None
     if asked.entropy_quantile is not None:
         known = record.facts.get("entropy_cut") if arm.advantage is None else None

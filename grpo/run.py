@@ -31,7 +31,6 @@ from grpo.benchmark import benchmarks
 from grpo.checkpoint import Checkpoints, write_json
 from grpo.collect import collect
 from grpo.config import (
-    FREE_ON_RESUME,
     ROLLOUT_KEYS,
     ConfigError,
     RunError,
@@ -39,6 +38,7 @@ from grpo.config import (
     build,
     build_objective,
     check_call,
+    differing,
     engine_keys,
     settings,
 )
@@ -61,8 +61,6 @@ from rewards.weighted import RewardError
 
 # Of the rollout engine only these must stay: where and how fast it samples is free.
 KEPT_OF_ROLLOUT = {"_target_", "top_p", "top_k", "min_p", *ROLLOUT_KEYS}
-# How patient a run is with its rewards may change.
-FREE_OF_REWARDS = {"max_failed", "seconds"}
 
 
 class Clock:
@@ -116,6 +114,7 @@ class Run:
             raise ConfigError(f"reference_every={s.reference_every}, but this loss has no KL term: give it a weight "
                               f"(loss.beta=0.1)")  # fmt: skip
         self.schedule = build(cfg.optim.schedule, "optim.schedule")
+        WATCH.moved("data")
 
         self.dataset = build(cfg.data, "data")
         self.sampler = Sampler(self.dataset.train, s.questions, s.seed, self.dataset.shuffle_options)
@@ -126,6 +125,7 @@ class Run:
         self.heldout = spread(self.dataset.eval, s.eval_questions)
         self.benchmarks = benchmarks(cfg.get("bench"))
 
+        WATCH.moved("model")
         prompt = build(cfg.prompt, "prompt")
         path = prepare_model(cfg, self.dataset, prompt, self.rank, self.world, display)
         zero = zero_config(**cfg.engine, clip=cfg.optim.clip, dtype=cfg.model.dtype, world=self.world)
@@ -138,13 +138,16 @@ class Run:
             audio_cache=build_audio_cache(cfg),
             processor=cfg.model.get("processor"),
         )  # fmt: skip
+        WATCH.moved("engine")
         self.engine = Engine(self.policy, build(cfg.optim.optimizer, "optim.optimizer"), zero)
         if needs(self.objective).reference and not self.policy.has_adapter:
             self.engine.hold_reference()
         if hasattr(get_object(cfg.rollout._target_), "every_rank"):  # an engine with weights of its own takes a while
             display.say("starting the rollout engine ...")
+        WATCH.moved("rollout engine")
         self.rollout = build(engine_keys(cfg.rollout), "rollout", policy=self.policy)
         try:
+            WATCH.moved("sync")
             self.sync = build(cfg.sync, "sync", policy=self.policy, engine=self.engine, rollout=self.rollout)
             self.rollouts = Rollouts(self, s.rollout_lag)
         except BaseException:
@@ -223,10 +226,15 @@ class Run:
         """Train to `steps` (or `stop_at`) and return the summary; None when a signal ended it before."""
         try:
             summary = self._train()
+        except Exception as error:
+            WATCH.ending(error)
+            raise
         finally:
             self.display.stop()
+            self.rollouts.close()
             self.rollout.close()
             self.encode.close()
+            self.rewards.close()
         stop_distributed()
         return summary
 
@@ -331,9 +339,10 @@ class Run:
             raise RunError(f"{there}, with one question at a time: model.gradient_checkpointing=true, engine=zero3 or "
                            f"zero3_offload, a lower max_tokens or fewer generations")  # fmt: skip
         if s.out_of_memory == "stop" or self.world > 1 or self.engine.stage or not unchanged:
-            raise RunError(f"{there}: go on with name={self.folder.name} resume=true micro_tokens={less}; the numbers "
-                           f"stay the same")  # fmt: skip
-        self.display.say(f"{there}: made again with micro_tokens={less}, which changes no number")
+            raise RunError(f"{there}: go on with name={self.folder.name} resume=true "
+                           f"micro_tokens={less}")  # fmt: skip
+        masks = " (with dropout its masks are others)" if (self.cfg.model.lora or {}).get("dropout") else ""
+        self.display.say(f"{there}: made again with micro_tokens={less}{masks}")
         self.engine.forget()
         self.settings = replace(s, micro_tokens=less)
 
@@ -408,10 +417,8 @@ class Run:
         mine = OmegaConf.to_container(self.cfg, resolve=True)
         for cfg in (saved, mine):
             cfg["rollout"] = {k: v for k, v in cfg["rollout"].items() if k in KEPT_OF_ROLLOUT}
-            cfg["rewards"] = {k: v for k, v in cfg["rewards"].items() if k not in FREE_OF_REWARDS}
-        odd = [k for k in saved.keys() | mine.keys() if k not in FREE_ON_RESUME and saved.get(k) != mine.get(k)]
-        if odd:
-            raise ConfigError(f"resume=true, but {', '.join(sorted(odd))} differ from {self.folder}/config.yaml: "
+        if odd := differing(saved, mine):
+            raise ConfigError(f"resume=true, but {', '.join(odd)} differ from {self.folder}/config.yaml: "
                               f"give the same overrides as before, or start a new run")  # fmt: skip
         self.tokens, self.version = state.pop("tokens"), state.pop("version")
         self.quarantined = state.pop("quarantined")

@@ -192,8 +192,13 @@ class Fine:
 
     def train(self) -> dict | None:
         """To the end (or `stop_at`); returns the summary, None when a signal ended it before."""
+        from grpo.watch import WATCH
+
         try:
             return self._train()
+        except Exception as error:
+            WATCH.ending(error)
+            raise
         finally:
             self.encode.close()
 
@@ -265,16 +270,15 @@ class Fine:
         return summary
 
     def _restore(self) -> dict | None:
-        from grpo.config import ConfigError
+        from grpo.config import ConfigError, differing
 
         state = self.checkpoints.load(self.engine, self.display.say)
         if state is None:
             return self.display.say(f"resume=true, but {self.folder} has no checkpoint yet: it begins anew")
         saved = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
         mine = OmegaConf.to_container(self.cfg, resolve=True)
-        odd = [k for k in saved.keys() | mine.keys() if k not in FREE_ON_RESUME and saved.get(k) != mine.get(k)]
-        if odd:
-            raise ConfigError(f"resume=true, but {', '.join(sorted(odd))} differ from {self.folder}/config.yaml: give "
+        if odd := differing(saved, mine, FREE_ON_RESUME):
+            raise ConfigError(f"resume=true, but {', '.join(odd)} differ from {self.folder}/config.yaml: give "
                               f"the same overrides as before, or start a new run")  # fmt: skip
         self.tokens, self.quarantined = state.pop("tokens"), state.pop("quarantined")
         self.display.say(f"resumed {self.folder} after step {state['step']}")

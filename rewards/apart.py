@@ -1,7 +1,7 @@
 """Reward functions in a process of their own: one that never returns, or crashes, costs a completion and not the run.
 
-A timer of the system (SIGALRM, which nobody handles there) bounds each call: it ends a regular expression that
-backtracks for ever, or a C library, as surely as a network that does not answer. What dies is started anew.
+The process, with all that it started, is killed when a call has had its time: that ends a regular expression that
+backtracks for ever, or a C library, as surely as a network that does not answer. The next call starts another.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import json
 import math
 import os
 import pickle
-import random
+import random  # noqa: F401  (seeded below)
+import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 
 START = 300.0  # seconds that importing the functions may take: some bring a model along
+PASSED_OVER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class ApartError(RuntimeError):
@@ -29,7 +33,7 @@ class Apart:
 
     Args:
         functions: by name; importable by their names, as pickle wants it. They live in the process: what one remembers
-            between calls is lost when another brings it down. Python's `random` starts there from the same seed.
+            between calls is lost when another brings it down. `random`, numpy and torch are seeded with 0.
         seconds: that a call may take.
     Raises ValueError for a function that cannot be imported by its name.
     """
@@ -39,6 +43,8 @@ class Apart:
         for name, function in functions.items():
             try:
                 pickle.dumps(function)
+                if getattr(getattr(function, "func", function), "__module__", "") == "__main__":
+                    raise ValueError("it belongs to the main program, which cannot be imported")
             except Exception as error:
                 raise ValueError(
                     f"components.{name} cannot run in a process of its own ({error}): write the function at the top "
@@ -50,43 +56,67 @@ class Apart:
     def __call__(self, calls: Sequence[tuple[str, tuple, Mapping]]) -> list[tuple[float | None, str | None]]:
         done: list[tuple[float | None, str | None]] = []
         while len(done) < len(calls):
-            process, lost = self._running(), len(done)
-            try:
-                pickle.dump(list(calls[lost:]), process.stdin)
-                process.stdin.flush()
-                while len(done) < len(calls):
-                    if not (line := process.stdout.readline()):
-                        break
-                    done.append(tuple(json.loads(line)))
-            except BrokenPipeError:
-                pass
+            self._run()
+            self._send(pickle.dumps(list(calls[len(done) :])))
+            while len(done) < len(calls) and (line := self._line(self.seconds)):
+                done.append(tuple(json.loads(line)))
             if len(done) < len(calls):
-                done.append((None, self._why()))
+                done.append((None, self._why(self.seconds)))
         return done
 
-    def _running(self) -> subprocess.Popen:
-        """The process, ready for calls. Raises ApartError where it ends before that."""
+    def close(self) -> None:
+        """End the process, whatever it is at."""
+        if self._process is not None:
+            self._why(0)
+
+    def _run(self) -> None:
+        """See to it that a process is ready for calls. Raises ApartError where it ends before that."""
+        if self._process is not None and self._process.poll() is not None:  # between two calls: nobody's fault here
+            self._why(0)
         if self._process is None:
             path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-            self._process = subprocess.Popen([sys.executable, "-m", "rewards.apart"], stdin=subprocess.PIPE,
-                                             stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})  # fmt: skip
-            try:
-                self._process.stdin.write(self._functions)
-                self._process.stdin.flush()
-            except BrokenPipeError:
-                pass
-            if not self._process.stdout.readline():
-                raise ApartError(f"the reward functions could not be imported: {self._why(START)}; what it said stands "
-                                 f"above")  # fmt: skip
-        return self._process
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rewards.apart"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                env=os.environ | {"PYTHONPATH": path}, start_new_session=True,
+            )  # fmt: skip
+            self._said = b""
+            self._send(self._functions)
+            if not self._line(START):
+                raise ApartError(f"the reward functions could not be imported: {self._why(START)}; what was said of it "
+                                 f"stands above")  # fmt: skip
 
-    def _why(self, seconds: float | None = None) -> str:
-        """How the process ended; forgets it."""
+    def _send(self, message: bytes) -> None:
+        try:
+            while message:
+                message = message[self._process.stdin.write(message) :]
+        except BrokenPipeError:
+            pass  # it has died: no answer will come
+
+    def _line(self, seconds: float) -> bytes | None:
+        """The next line from the process; None where none comes within `seconds`, or it has ended."""
+        until = time.monotonic() + seconds
+        while b"\n" not in self._said:
+            ready, _, _ = select.select([self._process.stdout], [], [], max(until - time.monotonic(), 0))
+            more = self._process.stdout.read(65536) if ready else b""
+            if not more:
+                return None
+            self._said += more
+        line, _, self._said = self._said.partition(b"\n")
+        return line
+
+    def _why(self, seconds: float) -> str:
+        """End the process, and all that it started, if it has not ended; how it ended."""
         process, self._process = self._process, None
+        try:
+            status = process.wait(0.2)  # what ends by itself says why
+        except subprocess.TimeoutExpired:
+            status = None
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         process.stdin.close(), process.stdout.close()
-        status = process.wait()
-        if status == -signal.SIGALRM:
-            return f"no answer within {seconds or self.seconds:g} s"
+        if status is None:
+            return f"no answer within {seconds:g} s"
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
         return f"its process ended with {name}"
 
@@ -96,15 +126,17 @@ class Apart:
 
 def serve() -> None:
     """Answer lists of calls from stdin, a line of JSON each, until it is closed."""
-    calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what a function prints
-    # The trainer decides what a signal to all of a job's processes means; it closes stdin when it ends.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.setitimer(signal.ITIMER_REAL, START)
+    # The trainer decides what a signal to all of a job's processes means; it closes the pipe when it ends.
+    for number in PASSED_OVER:
+        signal.signal(number, _pass_over)
+    os.register_at_fork(after_in_child=lambda: [signal.signal(number, signal.SIG_DFL) for number in PASSED_OVER])
     functions, seconds = pickle.load(calls)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    random.seed(0)
+    for name in ("random", "numpy.random", "torch"):  # of those that the functions brought
+        if name in sys.modules:
+            getattr(sys.modules[name], "manual_seed" if name == "torch" else "seed")(0)
     answers.write(b"ready\n"), answers.flush()
     while True:
         try:
@@ -112,10 +144,14 @@ def serve() -> None:
         except EOFError:
             return
         for name, args, kwargs in some:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, seconds + 60)  # where nobody is left to kill it
             answer = call(functions[name], *args, **kwargs)
             signal.setitimer(signal.ITIMER_REAL, 0)
             answers.write(json.dumps(answer).encode() + b"\n"), answers.flush()
+
+
+def _pass_over(number, frame) -> None:
+    """A handler, not SIG_IGN: programs that a function starts do not inherit it."""
 
 
 def call(function: Callable[..., float], *args, **kwargs) -> tuple[float | None, str | None]:

@@ -61,7 +61,8 @@ class WeightedRewards:
     Raises ValueError for no component, a weight that is no finite number, or a function that cannot be called so.
     """
 
-    def __init__(self, components: Mapping[str, Mapping], max_failed: float = 0.1, seconds: float | None = None):
+    def __init__(self, components: Mapping[str, Mapping], max_failed: float = 0.1,
+                 seconds: float | None = 30.0):  # fmt: skip
         if not components:
             raise ValueError("components: at least one reward is needed, such as accuracy")
         if not 0 <= max_failed <= 1:
@@ -104,6 +105,11 @@ class WeightedRewards:
         rows = [values[at : at + width] for at in range(0, len(values), width)]
         total = [sum(w * r for w, r in zip(self.weights, row, strict=True)) for row in rows]
         return Scores(rows, total, failures)
+
+    def close(self) -> None:
+        """End the functions' process."""
+        if isinstance(self._call, Apart):
+            self._call.close()
 
     def describe(self) -> str:
         """The sum in one line, with the hyper-parameters that were given: "1 accuracy + 0.5 length(target=25)".

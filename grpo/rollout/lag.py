@@ -22,6 +22,7 @@ from grpo.batch import Completion, Encoded, Group
 from grpo.collect import Earned, score
 from grpo.config import ConfigError
 from grpo.rollout import RolloutError, Sampling
+from grpo.watch import WATCH
 from rewards.weighted import RewardError
 
 
@@ -78,6 +79,10 @@ class Rollouts:
         self._ask(step, asked)
         return self.take(step)
 
+    def close(self) -> None:
+        """Begin nothing any more."""
+        self.judge.shutdown(wait=False, cancel_futures=True)
+
     def settle(self) -> None:
         """Wait until no rank's rollout is on its way, so that engines can take weights. An error stays for `take`."""
         if self.asked is not None:
@@ -92,6 +97,7 @@ class Rollouts:
         earned: dict[int, Future] = {}
 
         def done(place: int, group: Group) -> None:
+            WATCH.busy()
             earned[place] = self.judge.submit(score, run.rewards, questions[place], group)
 
         arguments = prompts, s.generations, Sampling(s.max_tokens, s.seed, step), done

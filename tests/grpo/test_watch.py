@@ -9,15 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from grpo.watch import Sign, Watch
+
 ROOT = Path(__file__).parents[2]
+STORE = r"rank 0's node holds the store at 127\.0\.0\.1, which does not answer"
 # mode -> (whose fault it is, its status, what is said of it)
 FAULTS = {
-    "loop": (1, 1, r"no step forward for 3 s: rank 1 \(.*\) is at step 20, sum, .*watch_worker\.py:\d+ in misbehave"),
+    "loop": (1, 1, r"no step forward for 4 s: rank 1 \(.*\) is at step 20, sum, .*watch_worker\.py:\d+ in misbehave"),
     "raise": (1, 1, r"ended: KeyError: 'a mistake of mine'"),
     "exit": (1, 1, r"ended: its own message stands above"),
     "SIGKILL": (1, -9, r"died without a word at step \d+, sum, .*: killed from outside, out of memory, or a crash"),
-    "SIGSTOP": (1, -9, r"no sign of life for 2 s, last at step \d+, sum, .*: stopped, or its node is lost"),
-    "store": (0, -9, r"rank 0's node holds the store at 127\.0\.0\.1, which does not answer|died without a word"),
+    "SIGSTOP": (1, -9, r"no sign of life for 4 s, last at step \d+, sum, .*: stopped, or its node is lost"),
+    "store-SIGKILL": (
+        0,
+        -9,
+        STORE + "|died without a word",
+    ),
+    "store-SIGSTOP": (
+        0,
+        -9,
+        STORE + r" \(nothing for \d s",
+    ),
 }
 
 
@@ -26,7 +38,8 @@ def ended(tmp_path_factory):
     """{mode: [(status, what it said), ... of each rank]}"""
     command = [sys.executable, str(Path(__file__).with_name("watch_worker.py")), str(tmp_path_factory.mktemp("ranks"))]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *FAULTS, "nobody", "well", "slept"], env=env, cwd=ROOT, capture_output=True,
+    modes = [*FAULTS, "nobody", "same", "well", "slept"]
+    done = subprocess.run([*command, *modes], env=env, cwd=ROOT, capture_output=True,
                           text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
@@ -55,6 +68,41 @@ def test_where_nobody_waits_nobody_is_blamed(ended):
     assert [status for status, _ in ended["nobody"]] == [1, 1, 1]
     line = errors(ended["nobody"])[0]
     assert "no step forward" in line and all(f"rank {r} (" in line for r in range(3)) and "others wait" not in line
+
+
+def test_an_error_of_all_ranks_lets_each_end_in_order(ended):
+    assert [status for status, _ in ended["same"]] == [1, 1, 1]
+    for rank, (_, text) in enumerate(ended["same"]):
+        assert f"rank {rank} is done" in text and text.rstrip().endswith("ValueError: the same on all ranks")
+        assert "error: " not in text
+
+
+NOBODY = 2**22 + 1  # no process has so high a number
+
+
+def judged(still=0.0, over=(), **ranks):
+    """What rank 0 of three says where the others are as given: (moved, waits), on machines of their own."""
+    watch = Watch()
+    watch.rank, watch.world, watch.silent, watch.stuck = 0, 3, 60.0, 60.0
+    watch._mine = Sign("node", "mine", os.getpid())
+    signs = {r: Sign("node", f"other {r}", NOBODY, moved=m, waits=w, at=f"place {r}")
+             for r, (m, w) in enumerate(ranks.values())}  # fmt: skip
+    return watch._judge(signs, set(over), dict.fromkeys(range(3), 0.0), still)
+
+
+def test_who_is_behind_is_named_where_nobody_seems_to_wait():
+    """NCCL's collectives are queued: the host waits elsewhere, and not in torch.distributed."""
+    culprits, what = judged(61, a=(7, False), b=(6, False), c=(7, False))
+    assert culprits == [1] and what.startswith(
+        "no step forward for 61 s: rank 1 (process 4194305 on node) is at place 1"
+    )
+    assert judged(61, a=(7, True), b=(6, True), c=(6, False))[0] == [2]
+    assert judged(61, a=(7, False), b=(7, False), c=(7, False))[0] == []
+    assert judged(59, a=(7, False), b=(6, False), c=(7, False)) is None
+
+
+def test_a_process_of_another_machine_is_not_taken_for_a_dead_one_here():
+    assert judged(a=(1, True), b=(1, True), c=(1, True)) is None  # of the same host name
 
 
 def test_those_that_end_in_order_say_nothing(ended):

@@ -19,8 +19,8 @@ from grpo import watch
 from grpo.engine import stop_distributed
 from grpo.watch import WATCH
 
-RANKS, SILENT, STUCK, BAD, END = 3, 2.0, 3.0, 20, 40
-WELL = ("well", "slept")
+RANKS, SILENT, STUCK, BAD, END = 3, 4.0, 4.0, 20, 40
+WELL, EVERY = ("well", "slept"), ("nobody", "same")
 
 
 def misbehave(mode):
@@ -29,20 +29,32 @@ def misbehave(mode):
             time.sleep(0.01)
     if mode == "raise":
         raise KeyError("a mistake of mine")
+    if mode == "same":
+        raise ValueError("the same on all ranks")
     if mode == "exit":
         sys.exit("error: said by itself")
-    os.kill(os.getpid(), signal.SIGKILL if mode == "store" else getattr(signal, mode))
+    os.kill(os.getpid(), getattr(signal, mode.removeprefix("store-")))
 
 
 def rank_of(mode, rank):
+    try:
+        work(mode, rank)
+    except ValueError as error:
+        WATCH.ending(error)
+        time.sleep(0.5 * RANKS - 0.5 * rank)  # closes what it has open, one longer than another
+        print(f"rank {rank} is done")
+        raise
+
+
+def work(mode, rank):
     dist.init_process_group("gloo", timeout=timedelta(seconds=100))
-    watch.PERIOD = watch.LAST = 0.1
+    watch.PERIOD, watch.LAST, watch.ENDING = 0.1, 0.5, 1.0
     WATCH.start(rank, RANKS, silent=SILENT, stuck=STUCK)
     for step in range(1, END):
         WATCH.step = step
         WATCH.moved("sum")
         time.sleep(0.03)
-        if mode not in WELL and step == BAD and (mode == "nobody" or rank == (0 if mode == "store" else 1)):
+        if mode not in WELL and step == BAD and (mode in EVERY or rank == (0 if "store" in mode else 1)):
             misbehave(mode)
         dist.all_reduce(torch.ones(1))
         if mode == "slept" and step == BAD:
@@ -83,7 +95,7 @@ def main(folder, *modes):
         while len(ended) < RANKS:
             pid, status = os.waitpid(-1, 0)
             ended[pid] = os.waitstatus_to_exitcode(status)
-            if mode == "SIGSTOP" and len(ended) == RANKS - 1:  # as torchrun ends what does not end
+            if "SIGSTOP" in mode and len(ended) == RANKS - 1:  # as torchrun ends what does not end
                 os.kill(next(p for p in pids if p not in ended), signal.SIGKILL)
         found[mode] = [[ended[pid], (folder / f"{mode}-{r}").read_text()] for r, pid in enumerate(pids)]
     print(json.dumps(found))

@@ -4,6 +4,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -34,6 +36,19 @@ def wild(completion: str, *, factor: float = 1.0) -> float:
         os.kill(os.getpid(), signal.SIGSEGV)
     if completion == "exit":
         raise SystemExit(3)
+    if completion == "children":  # which hold the pipe of the answers
+        os.fork() or time.sleep(60)
+        time.sleep(60)
+    if completion == "own alarm":
+        signal.alarm(0), time.sleep(60)
+    if completion == "reads":
+        return float(len(sys.stdin.read()))
+    if completion == "dies later":
+        threading.Timer(0.1, os._exit, [3]).start()
+    if completion == "terminates":
+        sleeper = subprocess.Popen(["sleep", "60"])
+        sleeper.terminate()
+        return float(sleeper.wait(10))
     if completion == "hard exit":
         os._exit(3)
     if completion == "print":
@@ -58,6 +73,7 @@ def test_the_same_scores_as_in_the_trainer():
 @pytest.mark.parametrize(
     ("completion", "told"),
     [("loop", "no answer within 0.5 s"), ("backtrack", "no answer within 0.5 s"), ("swallow", "no answer within 0.5 s"),
+     ("children", "no answer within 0.5 s"), ("own alarm", "no answer within 0.5 s"),
      ("crash", "ended with SIGSEGV"), ("exit", "SystemExit: 3"), ("hard exit", "ended with status 3")],
 )  # fmt: skip
 def test_what_never_returns_or_crashes_costs_its_completion_alone(completion, told):
@@ -82,6 +98,25 @@ def test_a_signal_to_the_whole_job_is_for_the_trainer():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         process.send_signal(number)
     assert rewards.score(["ab"], contexts=[{}]).total == [2.0] and rewards._call._process is process
+
+
+def test_one_that_dies_between_two_calls_costs_nothing():
+    rewards = of(wild=wild)
+    assert rewards.score(["dies later"], contexts=[{}]).total == [10.0]
+    rewards._call._process.wait(30)
+    assert rewards.score(["ab"], contexts=[{}]).total == [2.0]
+
+
+def test_it_has_no_input_and_ends_what_it_starts():
+    assert of(10, wild=wild).score(["reads", "terminates"], contexts=[{}] * 2).total == [0.0, -signal.SIGTERM]
+
+
+def test_closed_it_is_gone_and_started_anew():
+    rewards = of(60, wild=wild)
+    rewards.score(["a"], contexts=[{}])
+    process = rewards._call._process
+    rewards.close()
+    assert process.poll() is not None and rewards.score(["ab"], contexts=[{}]).total == [2.0]
 
 
 def test_it_ends_with_its_trainer():

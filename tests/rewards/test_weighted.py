@@ -16,7 +16,7 @@ PERFECT = f"<think>{'word ' * 22}</think><semantic_elements>bark</semantic_eleme
 
 
 def of(**functions) -> WeightedRewards:
-    return WeightedRewards({name: {"weight": 1.0, "function": f} for name, f in functions.items()})
+    return WeightedRewards({name: {"weight": 1.0, "function": f} for name, f in functions.items()}, seconds=None)
 
 
 def three() -> WeightedRewards:
