@@ -53,7 +53,7 @@ def shrink(sizes, *, unchanged=True, world=1, stage=0, **changes):
     run = SimpleNamespace(
         settings=replace(settings(composed([])), **changes), rank=0, world=world, folder=SimpleNamespace(name="mine"),
         policy=SimpleNamespace(tokens_of=lambda group: group), display=SimpleNamespace(say=lambda text: None),
-        engine=SimpleNamespace(stage=stage, forget=lambda: None),
+        engine=SimpleNamespace(stage=stage, forget=lambda: None), cfg=composed([]),
     )  # fmt: skip
     Run._shrink(run, 4, sizes, unchanged)
     return run.settings.micro_tokens
