@@ -115,7 +115,7 @@ class Watch:
 
     # ---------------------------------------------------------------- this rank
 
-    def _write(self, ended: str | None = None) -> None:
+    def _write(self) -> None:
         """Say how this rank is. What was once said of its end stays."""
         with self._lock:
             mine, frame = self._mine, sys._current_frames().get(threading.main_thread().ident)
