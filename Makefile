@@ -82,7 +82,7 @@ slurm-train: $(STAMP) ## train on a cluster: CLUSTER=mine SLURM='nodes=2' EXPERI
 	@$(BIN)/python -m launch.slurm train$(SITE)$(if $(DRY), --dry)$(if $(ARGS), $(ARGS))$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(HYDRA), $(HYDRA))
 
 slurm-sweep: $(STAMP) ## a run for each combination, as an array of jobs: make slurm-sweep CLUSTER=mine ARGS='seed=0,1,2'
-	$(if $(CLUSTER),CLUSTER='$(CLUSTER)' )$(BIN)/python -m grpo.train -m hydra/launcher=slurm$(if $(ARGS), $(ARGS))$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(HYDRA), $(HYDRA))
+	$(if $(DRY)$(SLURM),$(error slurm-sweep takes neither DRY nor SLURM: its jobs ask for what the file of CLUSTER says))$(if $(CLUSTER),CLUSTER='$(CLUSTER)' )$(BIN)/python -m grpo.train -m hydra/launcher=slurm$(if $(ARGS), $(ARGS))$(if $(EXPERIMENT), experiment=$(EXPERIMENT))$(if $(HYDRA), $(HYDRA))
 
 slurm-eval: $(STAMP) ## grpo.evaluate on a cluster: make slurm-eval CLUSTER=mine ARGS='model=outputs/mine bench=mmar'
 	@$(BIN)/python -m launch.slurm eval$(SITE)$(if $(DRY), --dry)$(if $(ARGS), $(ARGS))$(if $(HYDRA), $(HYDRA))

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo.config import RunError
+from grpo.watch import WATCH
 from grpo.weights import save_policy
 
 MANIFEST = "manifest.json"
@@ -150,6 +151,7 @@ def seal(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         sync(path)
+        WATCH.busy()
     write_json(folder / MANIFEST, {"files": files})
     sync(folder)
 
@@ -174,8 +176,12 @@ def damage(folder: Path) -> str | None:
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**24):
+            digest.update(block)
+            WATCH.busy()  # whole weights of a large model take many minutes
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -33,6 +33,9 @@ from torch import Tensor, nn
 
 from grpo.watch import WATCH
 
+# The shared-memory collectives need a compiler at run time and change no number; gloo is enough on CPU.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 REDUCE_BUCKET = 50_000_000  # gradients that travel at once
 LIVE = 1_000_000_000
 
@@ -50,10 +53,9 @@ def start_distributed(watch: Mapping[str, float] | None = None) -> tuple[int, in
     if torch.cuda.is_available():  # before anything is made there: else every rank works on the first GPU
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        # The shared-memory collectives need a compiler at run time and change no number; gloo is enough on CPU.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        limit = 60 + watch["stuck"] + 2 * watch["silent"] if watch else 1800  # a watch that sees who it was comes first
+        # What bounds the waiting is the watch, which knows for whom, and does not count what a suspended job sleeps.
+        limit = 24 * 3600 if watch else 1800
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False,
                                    timeout=timedelta(seconds=limit))  # fmt: skip
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -169,10 +171,15 @@ class Engine:
             return self.deepspeed(*args)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add the gradient of this rank's share of the step's loss. All ranks make equally many calls a step."""
+        """Add the gradient of this rank's share of the step's loss. All ranks make equally many calls a step.
+
+        Of a loss that is not finite it is NaN.
+        """
         WATCH.moved()
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
+        # A loss that is not finite may have a finite gradient: made NaN, it is refused by `step`, on all ranks.
+        sound = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+        self.deepspeed.backward(loss * sound * self.world, scale_wrt_gas=False)
 
     def gradients(self) -> dict[str, Tensor]:
         """Whole gradients by parameter name, before clipping; after the last backward of a step, on all ranks."""

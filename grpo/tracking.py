@@ -119,7 +119,7 @@ class Wandb:
             known = folder / "wandb.json"
             if not known.exists():
                 write_json(known, {"id": secrets.token_hex(4)})
-            settings = wandb.Settings(silent=True, console="off")
+            settings = wandb.Settings(silent=True, console="off", finish_timeout=60)
             self.run = wandb.init(dir=str(folder), mode=self.mode, project=self.project, name=name, config=config,
                                   id=json.loads(known.read_text())["id"], settings=settings,
                                   resume="allow" if self.mode == "online" else None)  # fmt: skip

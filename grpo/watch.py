@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ from grpo.signals import STOPPED, STOPPING
 
 PERIOD = 1.0  # seconds between two looks
 LAST = 2.0  # seconds that a rank leaves the others, or the store, when it ends
+CLOSING = 60.0  # seconds for what a rank that ends by an error has open
 ENDING = 5.0  # seconds after which a rank that ends by an error ends the others: until then it may be theirs as well
 # What a rank is told by the libraries when another has gone.
 LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|gloo|NCCL|socket|TCPStore", re.I)
@@ -111,6 +113,7 @@ class Watch:
             return
         if (type(error) is RuntimeError or isinstance(error, DistError)) and LOST_PEER.search(str(error)):
             self._done.wait(self.silent + ENDING + 3 * PERIOD)  # the watching thread ends this process meanwhile
+        self._mine.at = f"step {self.step}, {self.stage}{_origin(error)}"
         self._end_with(f"{type(error).__name__}: {error}".splitlines()[0])
 
     # ---------------------------------------------------------------- this rank
@@ -120,12 +123,13 @@ class Watch:
         with self._lock:
             mine, frame = self._mine, sys._current_frames().get(threading.main_thread().ident)
             mine.beat, mine.moved, mine.busy = mine.beat + 1, self.moves, self.deeds
-            mine.at = f"step {self.step}, {self.stage}{_place(frame)}"
+            if mine.ended is None:
+                mine.at = f"step {self.step}, {self.stage}{_place(frame)}"
             mine.waits = _waits(frame)
             self._store.set(_key(self.rank), json.dumps(asdict(mine)))
 
     def _end_with(self, reason: str) -> None:
-        self._mine.ended = reason
+        self._mine.ended, self._closing = reason, time.monotonic()
         _briefly(self._write)
 
     def _uncaught(self, kind, error, trace) -> None:
@@ -148,12 +152,12 @@ class Watch:
         while not self._done.wait(PERIOD):
             try:
                 self._write()
-                if self._store.check([VERDICT]):
+                if self._left() and self._store.check([VERDICT]):
                     self._end(*json.loads(self._store.get(VERDICT)))
                 present = [r for r in range(self.world) if self._store.check([_key(r)])]
                 signs = {r: Sign(**json.loads(self._store.get(_key(r)))) for r in present}
             except RuntimeError as error:
-                if not self._done.is_set() and self._mine.ended is None:
+                if not self._done.is_set() and self._left():
                     self._end([0], self._lost(str(error).splitlines()[0][:100]))
                 return
             self._rounds += 1
@@ -168,17 +172,21 @@ class Watch:
                 moved = now
             looked, before = now, signs
             over = {r for r, since in ends.items() if now - since > ENDING}
-            if self._mine.ended is None and (
+            if self._left() and (
                 verdict := self._judge(signs, over, {r: now - t for r, t in heard.items()}, now - moved)
             ):
                 self._end(*verdict)
+
+    def _left(self) -> bool:
+        """Whether this rank is still to be ended from here: not while it ends by itself, within `CLOSING` seconds."""
+        return self._mine.ended is None or time.monotonic() - self._closing > CLOSING
 
     def _guard(self) -> None:
         """The store may neither answer nor refuse: then the other thread waits in it for ever."""
         rounds, still = self._rounds, 0
         while not self._done.wait(PERIOD):  # counted in looks, not by the clock: a suspended job has none
             rounds, still = self._rounds, still + 1 if rounds == self._rounds else 0
-            if still * PERIOD > self.silent + ENDING and self._mine.ended is None:
+            if still * PERIOD > self.silent + ENDING and self._left():
                 self._end([0], self._lost(f"nothing for {still * PERIOD:.0f} s"))
 
     def _lost(self, why: str) -> str:
@@ -192,7 +200,7 @@ class Watch:
         each, and since a move of any.
         """
         for rank in sorted(over):
-            return [rank], f"{self._named(rank, signs[rank])} ended: {signs[rank].ended}"
+            return [rank], f"{self._named(rank, signs[rank])} ended at {signs[rank].at}: {signs[rank].ended}"
         there = {rank: sign for rank, sign in signs.items() if sign.ended is None}
         for rank, sign in there.items():
             if sign.machine == self._mine.machine and not _alive(sign.process):
@@ -281,6 +289,14 @@ def _frames(frame: FrameType | None):
 def _waits(frame: FrameType | None) -> bool:
     """Whether the main thread is in a collective."""
     return any(part in f.f_code.co_filename for f in _frames(frame) for part in COLLECTIVE)
+
+
+def _origin(error: BaseException) -> str:
+    """Innermost line of this project's or the user's own code that an error came through."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if not any(part in frame.f_code.co_filename for part in LIBRARIES):
+            return f", {frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"
+    return ""
 
 
 def _place(frame: FrameType | None) -> str:

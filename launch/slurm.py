@@ -93,6 +93,8 @@ def sweep(key: str):
     A job of a sweep asks for one process on one GPU. It knows by itself how far it is (grpo.multirun.todo).
     """
     site = read(os.environ.get("CLUSTER") or "default")
+    if site.container:
+        raise SiteError("container: jobs of a sweep run without one: start them one by one, make slurm-train")
     again = (f"[ $? -eq 75 ] && [ $((SLURM_RESTART_COUNT)) -lt {site.requeue} ] && "
              f'scontrol show job "$SLURM_JOB_ID" -o | grep -q " JobState=RUNNING " && '
              f'scontrol requeue "$SLURM_JOB_ID" && sleep 60')  # fmt: skip

@@ -86,11 +86,10 @@ class Apart:
                                  f"stands above")  # fmt: skip
 
     def _send(self, message: bytes) -> None:
-        try:
-            while message:
-                message = message[self._process.stdin.write(message) :]
-        except BrokenPipeError:
-            pass  # it has died: no answer will come
+        """What does not get through, to one that has died or does not read, gets no answer either."""
+        with suppress(BrokenPipeError):
+            while message and select.select([], [self._process.stdin], [], self.seconds)[1]:
+                message = message[os.write(self._process.stdin.fileno(), message[: select.PIPE_BUF]) :]
 
     def _line(self, seconds: float) -> bytes | None:
         """The next line from the process; None where none comes within `seconds`, or it has ended."""

@@ -12,6 +12,7 @@ import ctypes
 import gc
 import json
 import re
+import subprocess
 import sys
 import threading
 from dataclasses import asdict, dataclass
@@ -20,9 +21,11 @@ from pathlib import Path
 
 import torch
 
-from grpo.bench.update import LORA, Bench, random_group
+from grpo.bench.update import LORA, Bench, Shape, random_group
 from grpo.engine import LIVE, Engine, start_distributed, stop_distributed, zero_config
+from grpo.plan import Micro, read_shape, states, work_space
 from grpo.policy import Policy
+from grpo.tiny import random_checkpoint
 
 FULL = r"model\..*|lm_head\..*"
 
@@ -43,6 +46,33 @@ class Case:
 
     def json(self) -> str:
         return json.dumps(asdict(self))
+
+
+def measured(folder: Path, case: Case) -> list[dict[str, int]]:
+    """What each rank says of itself. Raises RuntimeError with what it said where one fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+               f"--nproc-per-node={case.ranks}", "-m", "grpo.bench.ranks", str(folder), case.json()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{"))
+
+
+def planned(folder: Path, case: Case) -> float:
+    """What grpo.plan says of a rank's memory in that step."""
+    shape, lora = read_shape(folder / "config.json"), None if case.full else LORA
+    micro = Micro(case.groups, case.copies, case.prompt, case.completion)
+    lasting = states(shape, lora, FULL, stage=case.stage, ranks=case.ranks, dtype="float32")
+    passing = work_space(shape, lora, FULL, stage=case.stage, dtype="float32", micro=micro, live=case.live,
+                         flex=torch.cuda.is_available(), checkpointing=case.checkpointing)  # fmt: skip
+    return sum(lasting.values()) + sum(passing.values())
+
+
+def model(folder: Path) -> None:
+    """Write the checkpoint that is measured: 389 MiB in float32."""
+    shape = Shape(hidden=768, layers=8, heads=12, intermediate=3072, vocabulary=20_000)
+    folder.mkdir(parents=True, exist_ok=True)
+    random_checkpoint(folder, shape.sizes(), filled=shape.vocabulary - 200, dtype=torch.float32)
 
 
 def now() -> int:

@@ -16,15 +16,13 @@ from pathlib import Path
 import torch
 
 from grpo.bench.loss import loss_stage, step_stage
-from grpo.bench.ranks import FULL, Case
+from grpo.bench.ranks import Case, measured, model, planned
 from grpo.bench.timing import median, peak_memory, ratio, side_by_side
-from grpo.bench.update import LORA, Bench, Shape
+from grpo.bench.update import Bench, Shape
 from grpo.engine import LIVE
 from grpo.logprob import chosen_and_entropy, tempered
 from grpo.lossdocs import ROOT, built
-from grpo.plan import Micro, read_shape, states, work_space
 from grpo.sync.traffic import OMNI_7B
-from grpo.tiny import random_checkpoint
 
 HEAD = """# Performance
 
@@ -208,30 +206,17 @@ def zero(s: Setting) -> Iterator[str]:
     MiB in float32, a group of 6 completions a rank; `live`: weights that may stay gathered. Not on the page.
     """
     folder = s.cache / "bench-768"
-    shape = Shape(hidden=768, layers=8, heads=12, intermediate=3072, vocabulary=20_000)
-    folder.mkdir(parents=True, exist_ok=True)
-    random_checkpoint(folder, shape.sizes(), filled=shape.vocabulary - 200, dtype=torch.float32)
-    sizes = read_shape(folder / "config.json")
+    model(folder)
     cases = [Case(stage, n, full=full, live=LIVE if stage < 3 else 0)
              for full in (False, True) for stage in (0, 2, 3) for n in (1, 2, 4)]  # fmt: skip
     cases += [Case(3, 2), Case(0, 1, checkpointing=True), Case(3, 2, checkpointing=True, live=0),
               Case(0, 1, groups=2, prompt=400, completion=100)]  # fmt: skip
     for c in cases:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-                   f"--nproc-per-node={c.ranks}", "-m", "grpo.bench.ranks", str(folder), c.json()]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr[-3000:])
-        ranks = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{"))
-        peak, lora = max(r["peak"] for r in ranks), None if c.full else LORA
-        micro = Micro(c.groups, c.copies, c.prompt, c.completion)
-        planned = sum(states(sizes, lora, FULL, stage=c.stage, ranks=c.ranks, dtype="float32").values()) + sum(
-            work_space(sizes, lora, FULL, stage=c.stage, dtype="float32", micro=micro, flex=s.gpu,
-                       checkpointing=c.checkpointing, live=c.live).values())  # fmt: skip
+        peak, said = max(rank["peak"] for rank in measured(folder, c)), planned(folder, c)
         more = f" live={c.live:.0e}" * (c.stage == 3) + " checkpointing" * c.checkpointing
         more += f" {c.groups} x {c.prompt}+6x{c.completion}" * (c.groups > 1)
         yield (f"ZeRO-{c.stage} {c.ranks} rank(s) {'whole' if c.full else 'LoRA':<6} measured {peak / MIB:5.0f} MiB  "
-               f"planned {planned / MIB:5.0f}  planned/measured {planned / peak:.2f}{more}")  # fmt: skip
+               f"planned {said / MIB:5.0f}  planned/measured {said / peak:.2f}{more}")  # fmt: skip
 
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[str]]] = {

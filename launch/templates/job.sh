@@ -52,7 +52,7 @@ export MASTER_ADDR MASTER_PORT=$port
 # ---- the ranks: srun starts them and passes signals on; one that ends takes the others with it within a minute
 if ((told)); then finish 75; fi
 say "@NODES@ node(s) x @RANKS@ rank(s) on $(comma "${nodes[@]}")"
-srun --mpi=none --kill-on-bad-exit=0 --wait=60 --nodes=@NODES@ --nodelist="$(comma "${nodes[@]:0:@NODES@}")" \
+srun --mpi=none --kill-on-bad-exit=0 --wait=180 --nodes=@NODES@ --nodelist="$(comma "${nodes[@]:0:@NODES@}")" \
     --ntasks=@NTASKS@ --ntasks-per-node=@RANKS@ --cpus-per-task=@CPUS@ \
     bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=@RANKS@
              exec "$@"' rank @CONTAINER@"${command[@]}" &

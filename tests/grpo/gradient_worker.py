@@ -104,11 +104,11 @@ def gradients(
     )  # fmt: skip
     everything = fixed_groups(policy)
     n_tokens = float(loss_mask(everything, True).sum())
-    advantage = torch.linspace(-1.5, 2.0, QUESTIONS * COPIES) * (float("nan") if poisoned else 1.0)
+    advantage = torch.linspace(-1.5, 2.0, QUESTIONS * COPIES) * (float("nan") if poisoned is True else 1.0)
     mine = range(rank * share, (rank + 1) * share)
     policy.train()
 
-    def backward(advantage):
+    def backward(advantage, extra=0.0):
         """Loss, and the largest gap between reference and policy."""
         total = gap = 0.0
         for i in range(0, share, micro):
@@ -121,12 +121,13 @@ def gradients(
             first = mine[i] * COPIES
             out = objective(LossInputs(logp, old, old, ref, entropy, advantage[first : first + len(old)],
                                        loss_mask(groups, True), n_tokens, float(QUESTIONS * COPIES)))  # fmt: skip
-            engine.backward(out.loss, last=i + micro == share)
+            engine.backward(out.loss + extra, last=i + micro == share)
             total += out.loss.item()
             gap = max(gap, (ref - logp).abs().max().item())
         return total, gap
 
-    total, gap = backward(advantage)
+    # "loss": it is infinite, and its gradient is not
+    total, gap = backward(advantage, float("inf") if poisoned == "loss" else 0.0)
     grads = engine.gradients()
     held = {k: nbytes(v) for k, v in census(engine).items() if k != "optimizer"}
     try:

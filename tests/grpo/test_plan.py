@@ -6,6 +6,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from grpo.batch import Completion, Group
+from grpo.bench.ranks import Case, measured, model, planned
 from grpo.config import ConfigError, run_name
 from grpo.plan import AUDIO, Given, Micro, kept_bytes, main, plan, read_shape, synced_of, trained_of, weights_of
 from grpo.policy import Policy
@@ -127,3 +128,12 @@ def test_the_command(checkpoint, capsys):
             main(["experiment=audsemthinker_qa_grpo", *words])
     with pytest.raises(ConfigError, match="--device tpu"):
         plan(composed(), OMNI_7B, Given(device="tpu"))
+
+
+@pytest.mark.slow
+def test_memory_of_a_rank_in_a_real_step(tmp_path):
+    """The rest of the table in docs/plan.md: `python -m grpo.bench zero`."""
+    model(tmp_path)
+    for case in (Case(0, 1), Case(3, 2, full=True, live=0)):
+        peak = max(rank["peak"] for rank in measured(tmp_path, case))
+        assert planned(tmp_path, case) == pytest.approx(peak, rel=0.15), case

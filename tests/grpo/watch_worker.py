@@ -28,7 +28,12 @@ def misbehave(mode):
         while True:
             time.sleep(0.01)
     if mode == "raise":
-        raise KeyError("a mistake of mine")
+        try:
+            raise KeyError("a mistake of mine")
+        except KeyError as error:
+            WATCH.ending(error)
+            time.sleep(3 * watch.ENDING)  # closes what it has open, longer than the others wait for it
+            raise
     if mode == "same":
         raise ValueError("the same on all ranks")
     if mode == "exit":

@@ -195,11 +195,22 @@ def steps_of(folder) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_zero3_over_two_nodes(cluster, home):
-    job = submit(cluster, home, *TINY, "engine=zero3", "steps=2", "name=zero3", nodes=2)
+def test_zero3_over_two_nodes_ends_the_same_when_it_loses_one(cluster, home):
+    words = [*TINY, "engine=zero3", "steps=4", "checkpoint.every=1"]
+    job = submit(cluster, home, *words, "name=zero3", nodes=2)
     assert cluster.ended(job, 300)["JobState"] == "COMPLETED", output(home)
-    facts = json.loads((home / "outputs" / "zero3" / "provenance.json").read_text())
-    assert facts["ranks"] == 2 and steps_of(home / "outputs" / "zero3") == [0, 1, 2]
+    calm, run = home / "outputs" / "zero3", home / "outputs" / "zero3-lost"
+    facts = json.loads((calm / "provenance.json").read_text())
+    assert facts["ranks"] == 2 and steps_of(calm) == [0, 1, 2, 3, 4]
+    job = submit(cluster, home, *words, "name=zero3-lost", nodes=2)
+    cluster.until(lambda: (run / "checkpoints" / "step-000002").exists(), 300, "second step")
+    cluster.kill("n2")
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+    cluster.start("n2")
+    cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME", ok=False)
+    end = cluster.ended(job, 400)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), output(home)
+    assert weights(run) == weights(calm) and steps_of(run) == steps_of(calm)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")

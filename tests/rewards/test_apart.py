@@ -107,6 +107,14 @@ def test_one_that_dies_between_two_calls_costs_nothing():
     assert rewards.score(["ab"], contexts=[{}]).total == [2.0]
 
 
+def test_one_that_does_not_even_read_is_bounded_too():
+    rewards = of(wild=wild)
+    rewards.score(["a"], contexts=[{}])
+    rewards._call._process.send_signal(signal.SIGSTOP)
+    scores = rewards.score(["x" * 2**20, "ab"], contexts=[{}] * 2)
+    assert "no answer within 0.5 s" in scores.failures[0].error and scores.total[1] == 2.0
+
+
 def test_it_has_no_input_and_ends_what_it_starts():
     assert of(10, wild=wild).score(["reads", "terminates"], contexts=[{}] * 2).total == [0.0, -signal.SIGTERM]
 
