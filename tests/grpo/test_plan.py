@@ -134,6 +134,6 @@ def test_the_command(checkpoint, capsys):
 def test_memory_of_a_rank_in_a_real_step(tmp_path):
     """The rest of the table in docs/plan.md: `python -m grpo.bench zero`."""
     model(tmp_path)
-    for case in (Case(0, 1), Case(3, 2, full=True, live=0)):
-        peak = max(rank["peak"] for rank in measured(tmp_path, case))
-        assert planned(tmp_path, case) == pytest.approx(peak, rel=0.15), case
+    case = Case(3, 2, full=True, live=0)
+    peak = max(rank["peak"] for rank in measured(tmp_path, case))
+    assert planned(tmp_path, case) == pytest.approx(peak, rel=0.15)
