@@ -48,6 +48,7 @@ def rank_of(mode, rank):
         WATCH.ending(error)
         time.sleep(0.5 * RANKS - 0.5 * rank)  # closes what it has open, one longer than another
         print(f"rank {rank} is done")
+        dist.destroy_process_group()  # a gloo thread alive at exit may abort its process
         raise
 
 
