@@ -50,7 +50,7 @@ def free_port() -> int:
 
 def run_worker(checkpoint, out, ranks, variants):
     launcher = (
-        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+        ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
         if ranks > 1
         else []
     )

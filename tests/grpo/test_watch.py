@@ -17,7 +17,7 @@ STORE = r"rank 0's node holds the store at 127\.0\.0\.1, which does not answer"
 FAULTS = {
     "loop": (1, 1, r"no step forward for 4 s: rank 1 \(.*\) is at step 20, sum, .*watch_worker\.py:\d+ in misbehave"),
     "raise": (1, 1, r"ended at step 20, sum, .*watch_worker\.py:\d+ in misbehave: KeyError: 'a mistake of mine'"),
-    "exit": (1, 1, r"ended at step 20, sum.*: its own message stands above"),
+    "exit": (1, 1, r"ended at step \d+, sum.*: its own message stands above"),
     "SIGKILL": (1, -9, r"died without a word at step \d+, sum, .*: killed from outside, out of memory, or a crash"),
     "SIGSTOP": (1, -9, r"no sign of life for 4 s, last at step \d+, sum, .*: stopped, or its node is lost"),
     "store-SIGKILL": (

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.grpo.test_engine import free_port
 from tests.grpo.vllm_engines import needs_vllm
 from tests.test_train import SMALL, lines, timeless, train
 
@@ -24,7 +23,7 @@ def histories(checkpoint, tmp_path_factory):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
            "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}  # fmt: skip
     script = [str(Path(__file__).with_name("rank_worker.py")), str(checkpoint), str(out)]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
     for command in ([*script, "0"], [*torchrun, *script, "3"]):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
