@@ -26,6 +26,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (item.path.name != "test_train.py", item.path not in slow))
 
 
+@pytest.fixture(autouse=True)
+def no_rank_left():
+    """A process group made in a test is not for the programs that later tests start."""
+    yield
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "targets": r"model\.layers\.\d+\.self_attn\.(q|v)_proj", "seed": 0}
 CHOICES = ("dog", "rain", "bell", "train")
 
