@@ -6,10 +6,10 @@ backtracks for ever, or a C library, as surely as a network that does not answer
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
-import pickle
 import random  # noqa: F401  (seeded below)
 import select
 import signal
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial, reduce
 from numbers import Real
 
 START = 300.0  # seconds that importing the functions may take: some bring a model along
@@ -32,8 +33,9 @@ class Apart:
     """`apart([(name, args, kwargs), ...])` is a list of (number, None), or (None, why there is none).
 
     Args:
-        functions: by name; importable by their names, as pickle wants it. They live in the process: what one remembers
-            between calls is lost when another brings it down. `random`, numpy and torch are seeded with 0.
+        functions: by name. They go there as the names they can be imported by, with hyper-parameters as JSON, and live
+            in the process: what one remembers between calls is lost when another brings it down. `random`, numpy and
+            torch are seeded with 0.
         seconds: that a call may take.
     Raises ValueError for a function that cannot be imported by its name.
     """
@@ -42,22 +44,21 @@ class Apart:
         self.seconds = seconds
         for name, function in functions.items():
             try:
-                pickle.dumps(function)
-                if getattr(getattr(function, "func", function), "__module__", "") == "__main__":
-                    raise ValueError("it belongs to the main program, which cannot be imported")
-            except Exception as error:
+                json.dumps(_written(function))
+            except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"components.{name} cannot run in a process of its own ({error}): write the function at the top "
                     f"level of a module, or set seconds: null, which leaves it in the trainer and without a time limit"
                 ) from error
-        self._functions = pickle.dumps((dict(functions), seconds))
+        written = {name: _written(function) for name, function in functions.items()}
+        self._functions = _message({"functions": written, "seconds": seconds})
         self._process: subprocess.Popen | None = None
 
     def __call__(self, calls: Sequence[tuple[str, tuple, Mapping]]) -> list[tuple[float | None, str | None]]:
         done: list[tuple[float | None, str | None]] = []
         while len(done) < len(calls):
             self._run()
-            self._send(pickle.dumps(list(calls[len(done) :])))
+            self._send(_message(calls[len(done) :]))
             while len(done) < len(calls) and (line := self._line(self.seconds)):
                 done.append(tuple(json.loads(line)))
             if len(done) < len(calls):
@@ -120,11 +121,53 @@ class Apart:
         return f"its process ended with {name}"
 
 
+def _message(content: object) -> bytes:
+    return json.dumps(content, default=_plain).encode() + b"\n"
+
+
+def _plain(value: object):
+    """Config nodes, which look like lists and mappings, and functions among the hyper-parameters."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, Sequence) else _written(value)
+
+
+def _written(function: Callable) -> dict:
+    """What `_read` makes the function of again. Raises ValueError, or TypeError of JSON, where that cannot be."""
+    if isinstance(function, partial):
+        content = {"partial": _written(function.func), "args": list(function.args), "keywords": function.keywords}
+        return json.loads(json.dumps(content, default=_plain))
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if not module or not name or "<" in name or module == "__main__":
+        raise ValueError(f"{function!r} cannot be imported by a name")
+    if reduce(getattr, name.split("."), importlib.import_module(module)) is not function:
+        raise ValueError(f"{module}.{name} is another one")
+    return {"module": module, "name": name}
+
+
 # ---------------------------------------------------------------- in the process
 
 
+def _read(written: object):
+    """A function of what `_written` says; its hyper-parameters may be functions, too."""
+    if isinstance(written, list):
+        return [_read(value) for value in written]
+    if not isinstance(written, dict):
+        return written
+    if written.keys() == {"module", "name"}:
+        return reduce(getattr, written["name"].split("."), importlib.import_module(written["module"]))
+    if written.keys() == {"partial", "args", "keywords"}:
+        return partial(_read(written["partial"]), *_read(written["args"]), **_read(written["keywords"]))
+    return {key: _read(value) for key, value in written.items()}
+
+
+def _thawed(value: object):
+    """The context has tuples, which JSON has not."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def serve() -> None:
-    """Answer lists of calls from stdin, a line of JSON each, until it is closed."""
+    """Answer lists of calls from stdin, a line of JSON each both ways, until it is closed."""
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what a function prints
@@ -132,19 +175,16 @@ def serve() -> None:
     for number in PASSED_OVER:
         signal.signal(number, _pass_over)
     os.register_at_fork(after_in_child=lambda: [signal.signal(number, signal.SIG_DFL) for number in PASSED_OVER])
-    functions, seconds = pickle.load(calls)
+    asked = json.loads(calls.readline())
+    functions, seconds = {name: _read(f) for name, f in asked["functions"].items()}, asked["seconds"]
     for name in ("random", "numpy.random", "torch"):  # of those that the functions brought
         if name in sys.modules:
             getattr(sys.modules[name], "manual_seed" if name == "torch" else "seed")(0)
     answers.write(b"ready\n"), answers.flush()
-    while True:
-        try:
-            some = pickle.load(calls)
-        except EOFError:
-            return
-        for name, args, kwargs in some:
+    for line in calls:
+        for name, args, kwargs in json.loads(line):
             signal.setitimer(signal.ITIMER_REAL, seconds + 60)  # where nobody is left to kill it
-            answer = call(functions[name], *args, **kwargs)
+            answer = call(functions[name], *args, **{k: _thawed(v) for k, v in kwargs.items()})
             signal.setitimer(signal.ITIMER_REAL, 0)
             answers.write(json.dumps(answer).encode() + b"\n"), answers.flush()
 

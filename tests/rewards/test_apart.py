@@ -155,6 +155,20 @@ def test_what_cannot_be_imported_by_its_name_is_refused_at_the_start():
         of(0.0, mine=wild)
 
 
+class Judge:
+    @staticmethod
+    def nested(completion: str, *, choices, scale=(), inner=None) -> float:
+        assert choices == ("cat", "dog") and isinstance(choices, tuple)
+        return sum(scale) * inner(completion)
+
+
+def test_hyper_parameters_may_be_lists_and_functions():
+    function = partial(Judge.nested, scale=[1, 2], inner=partial(wild, factor=2))
+    assert of(30, nested=function).score(["abc"], contexts=[CONTEXT_OF_B]).total == [18.0]
+    with pytest.raises(ValueError, match="cannot run in a process of its own"):
+        of(30, nested=partial(Judge.nested, inner=object()))
+
+
 def test_functions_that_cannot_be_imported_there(tmp_path, monkeypatch, capfd):
     (tmp_path / "only_once.py").write_text(
         "import os\nif os.environ.get('SECOND'):\n    raise OSError('no model here')\n"
