@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
+from grpo.signals import STOPPED
 
 
 class ConfigError(ValueError):
@@ -30,6 +31,14 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on: says why, and from where it can."""
+
+    status = 1  # of the process
+
+
+class Unfinished(RunError):
+    """A run that ended so that the same command with resume=true goes on by itself, as a cluster's job does."""
+
+    status = STOPPED
 
 
 # Keys that say how long, how visibly, how fast or where a run goes on, not what it does: a resumed run may change them,

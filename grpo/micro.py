@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo.batch import Group
+from grpo.checkpoint import write_json
+from grpo.config import RunError
 from grpo.packing import parts_needed, split
+
+REMEMBERED = "out_of_memory"  # folder within a run's
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,25 @@ def smaller(sizes: Sequence[int], budget: int | None) -> int | None:
         if parts_needed(sizes, budget) > parts:
             return budget
     return None
+
+
+def remember(folder: Path, rank: int, step: int, budget: int) -> None:
+    """Leave in a run's folder what a resume of it starts from."""
+    (folder / REMEMBERED).mkdir(exist_ok=True)
+    write_json(folder / REMEMBERED / f"rank-{rank}.json", {"step": step, "micro_tokens": budget})
+
+
+def remembered(folder: Path, budget: int | None) -> int | None:
+    """`budget`, or what a rank of the run has left if that is less. Raises RunError where that is no number."""
+    known = [] if budget is None else [budget]
+    for path in sorted((folder / REMEMBERED).glob("*.json")):
+        try:
+            known.append(json.loads(path.read_text())["micro_tokens"])
+            if type(known[-1]) is not int or known[-1] < 1:
+                raise ValueError(known[-1])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} holds no micro_tokens ({error}): delete it") from error
+    return min(known, default=None)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from grpo.config import (
     ConfigError,
     RunError,
     Settings,
+    Unfinished,
     build,
     build_objective,
     check_call,
@@ -46,7 +47,7 @@ from grpo.display import Display
 from grpo.engine import Engine, start_distributed, stop_distributed, zero_config
 from grpo.loading import Loader
 from grpo.loss.formula import describe
-from grpo.micro import out_of_memory, smaller
+from grpo.micro import REMEMBERED, out_of_memory, remember, remembered, smaller
 from grpo.policy import Policy
 from grpo.predict import heldout_accuracy, prompt_hash, spread
 from grpo.report import closing_lines, curves
@@ -327,20 +328,26 @@ class Run:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                self._shrink(step, [e.group for e in collected[0]], self.engine.taken == taken)
             gc.collect()  # the tensors that the error's frames held
             torch.cuda.empty_cache()
+            self._shrink(step, [e.group for e in collected[0]], self.engine.taken == taken)
 
     def _shrink(self, step: int, groups: Sequence[Group], unchanged: bool) -> None:
-        """Halve `micro_tokens` after a step that did not fit. Raises RunError where that cannot be, or not here."""
+        """Halve `micro_tokens` after a step that did not fit: here, or where other ranks miss this one by a resume.
+
+        Raises Unfinished for the latter, and RunError where nothing is to be halved.
+        """
         s = self.settings
         there = f"rank {self.rank} ran out of memory in step {step + 1} (micro_tokens={s.micro_tokens or 'null'})"
         if (less := smaller([self.policy.tokens_of(g) for g in groups], s.micro_tokens)) is None:
             raise RunError(f"{there}, with one question at a time: model.gradient_checkpointing=true, engine=zero3 or "
                            f"zero3_offload, a lower max_tokens or fewer generations")  # fmt: skip
-        if s.out_of_memory == "stop" or self.world > 1 or self.engine.stage or not unchanged:
-            raise RunError(f"{there}: go on with name={self.folder.name} resume=true "
-                           f"micro_tokens={less}")  # fmt: skip
+        go_on = f"go on with name={self.folder.name} resume=true"
+        if s.out_of_memory == "stop":
+            raise RunError(f"{there}: {go_on} micro_tokens={less}")
+        remember(self.folder, self.rank, step + 1, less)
+        if self.world > 1 or self.engine.stage or not unchanged:
+            raise Unfinished(f"{there}: {go_on}, which takes micro_tokens={less}")
         masks = " (with dropout its masks are others)" if (self.cfg.model.lora or {}).get("dropout") else ""
         self.display.say(f"{there}: made again with micro_tokens={less}{masks}")
         self.engine.forget()
@@ -410,6 +417,11 @@ class Run:
                 "device_seconds": self.before["device_seconds"] + leg * self.world}  # fmt: skip
 
     def _restore(self) -> dict | None:
+        s = self.settings
+        if s.out_of_memory == "halve" and (less := remembered(self.folder, s.micro_tokens)) != s.micro_tokens:
+            self.display.say(f"micro_tokens={less}, for {self.folder / REMEMBERED} says that more did not fit (with "
+                             f"more memory now: delete it)")  # fmt: skip
+            self.settings = replace(s, micro_tokens=less)
         state = self.checkpoints.load(self.engine, self.display.say)
         if state is None:  # so that one command line can be queued again and again
             return self.display.say(f"resume=true, but {self.folder} has no checkpoint yet: it begins anew")

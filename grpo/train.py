@@ -56,7 +56,8 @@ def run(cfg: DictConfig) -> float | None:
         display.stop()
         if one_of_many:
             raise  # the other jobs go on; this one is listed as failed
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "status", 1))
 
 
 def main() -> None:

@@ -141,6 +141,9 @@ class Watch:
         if self._mine.ended is None:
             asked = f"{STOPPING.name} before anything was trained" if STOPPING and STOPPING.grace is None else ""
             self._end_with(asked if STOPPING else "its own message stands above")
+        self._done.set()
+        for thread in self._threads:  # Python ends those that are left in the middle of C++, which aborts the process
+            thread.join(LAST)
 
     # ---------------------------------------------------------------- the others
 
@@ -253,7 +256,10 @@ def _briefly(call: Callable[[], object]) -> None:
             call()
 
     thread = threading.Thread(target=quietly, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no memory for another
+        return quietly()
     thread.join(LAST)
 
 

@@ -20,16 +20,8 @@ FAULTS = {
     "exit": (1, 1, r"ended at step \d+, sum.*: its own message stands above"),
     "SIGKILL": (1, -9, r"died without a word at step \d+, sum, .*: killed from outside, out of memory, or a crash"),
     "SIGSTOP": (1, -9, r"no sign of life for 4 s, last at step \d+, sum, .*: stopped, or its node is lost"),
-    "store-SIGKILL": (
-        0,
-        -9,
-        STORE + "|died without a word",
-    ),
-    "store-SIGSTOP": (
-        0,
-        -9,
-        STORE + r" \(nothing for \d s",
-    ),
+    "store-SIGKILL": (0, -9, STORE + "|died without a word"),
+    "store-SIGSTOP": (0, -9, STORE + r" \(nothing for \d s"),
 }
 
 
@@ -61,7 +53,7 @@ def test_all_end_and_say_which_rank_it_was(ended, mode):
     if mode == "loop":  # it shows where
         assert "rank 1 ends here" in own and "in misbehave" in own
     assert mode != "exit" or "error: said by itself" in own
-    assert mode != "raise" or own.rstrip().endswith("KeyError: 'a mistake of mine'")
+    assert mode != "raise" or "KeyError: 'a mistake of mine'" in own
 
 
 def test_where_nobody_waits_nobody_is_blamed(ended):
@@ -73,8 +65,8 @@ def test_where_nobody_waits_nobody_is_blamed(ended):
 def test_an_error_of_all_ranks_lets_each_end_in_order(ended):
     assert [status for status, _ in ended["same"]] == [1, 1, 1]
     for rank, (_, text) in enumerate(ended["same"]):
-        assert f"rank {rank} is done" in text and text.rstrip().endswith("ValueError: the same on all ranks")
-        assert "error: " not in text
+        assert f"rank {rank} is done" in text and "ValueError: the same on all ranks" in text
+    assert errors(ended["same"]) == []
 
 
 NOBODY = 2**22 + 1  # no process has so high a number
