@@ -63,6 +63,15 @@ def differing(saved: Mapping, mine: Mapping, free: Set[str] = FREE_ON_RESUME) ->
     return sorted(k for k in saved.keys() | mine.keys() if k not in free and of(saved, k) != of(mine, k))
 
 
+def zero_stage(stage: int, dtype: str) -> int:
+    """The ZeRO stage that DeepSpeed is given for `engine.stage`: in bfloat16 at least 2, on one rank as well.
+
+    Below, DeepSpeed sums the gradients of micro-batches and ranks in bfloat16, and at stage 0 it begins with an AdamW
+    step on zeros, which its bias correction counts. Weights stay whole on every rank at 2, as they do at 0.
+    """
+    return max(stage, 2) if dtype == "bfloat16" else stage
+
+
 # Keys of `rollout` that are the run's, whatever the engine (conf/train.yaml).
 ROLLOUT_KEYS = ("lag", "correction", "correction_level", "correction_cap")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from grpo.config import ConfigError
+from grpo.config import ConfigError, zero_stage
 from grpo.display import Display
 
 
@@ -34,7 +34,7 @@ def dry_run(cfg: DictConfig, display: Display) -> None:
         missing = _missing_manifests(cfg)
         if missing:
             small.data = OmegaConf.merge(tiny.data, {"train": {"count": 64}, "eval": {"count": 16}})
-    display.say(f"config    composed and checked: {wanted}, ZeRO-{cfg.engine.stage}, "
+    display.say(f"config    composed and checked: {wanted}, ZeRO-{zero_stage(cfg.engine.stage, cfg.model.dtype)}, "
                 f"{cfg.questions} questions x {cfg.generations} completions")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         run = Run(small, Path(folder), display)

@@ -31,6 +31,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from grpo.config import zero_stage
 from grpo.watch import WATCH
 
 # The shared-memory collectives need a compiler at run time and change no number; gloo is enough on CPU.
@@ -76,11 +77,13 @@ def stop_distributed() -> None:
 def zero_config(*, stage: int, clip: float, dtype: str, world: int, offload: bool = False, live: int = LIVE) -> dict:
     """DeepSpeed's configuration. Every default that changes numbers is set on purpose.
 
-    `offload`: weights and optimizer state wait in the host's memory, and the optimizer steps there. ValueError below
-    stage 3. `live`: weights that stage 3 may leave gathered, for their next use.
+    `stage`: `engine.stage`, of which `zero_stage` makes DeepSpeed's. `offload`: weights and optimizer state wait in the
+    host's memory, and the optimizer steps there. ValueError below stage 3. `live`: weights that stage 3 may leave
+    gathered, for their next use.
     """
     if offload and stage != 3:
         raise ValueError(f"engine.offload is for stage 3, got stage {stage}: use engine=zero3_offload")
+    stage = zero_stage(stage, dtype)
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -107,7 +110,7 @@ def zero_config(*, stage: int, clip: float, dtype: str, world: int, offload: boo
             **({"offload_param": host, "offload_optimizer": host} if offload else {}),
         },
         # Gradients of micro-batches and ranks add up in float32: in bfloat16 (the default with it) a sum of many loses
-        # what each further one adds. (Stage 0 refuses the mix; stage 1 would take another optimizer for it.)
+        # what each further one adds.
         **({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if stage > 1 else {}),
     }
 
@@ -150,6 +153,7 @@ class Engine:
         self.trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         # Of the reference, where it is not the model with its adapter off: this rank's part of each trained weight.
         self.anchor: dict[str, Tensor] | None = None
+        self.begun = 0  # optimizer steps, of which the last may have broken off half-way
         self.refreshed = False  # since the start, whose weights the checkpoint that is trained holds
         # No larger than what is trained: of an adapter that is a few megabytes.
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.trainable.values())
@@ -193,20 +197,16 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         norm = None
-        if self.stage == 0 and not self.config["bf16"]["enabled"]:  # DeepSpeed would step, and tell afterwards
+        if self.stage == 0:  # DeepSpeed would step, and tell afterwards
             norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in self.trainable.values()])).item()
         if norm is None or math.isfinite(norm):
+            self.begun += 1
             self.deepspeed.step()  # with a norm that is not finite, it skips the step by itself
         norm = float(self.deepspeed.get_global_grad_norm()) if norm is None else norm
         if not math.isfinite(norm):
             self.forget()  # DeepSpeed forgets its own; these would go into the next step's
             raise FloatingPointError(f"the gradient norm is {norm}: the step was not taken")
         return norm
-
-    @property
-    def taken(self) -> int:
-        """Optimizer steps since this object was made."""
-        return self.deepspeed.global_steps
 
     def forget(self) -> None:
         """Drop the gradients of a step that is not taken. Above stage 0, DeepSpeed holds more of a broken one."""
@@ -364,7 +364,7 @@ class Engine:
 
     @property
     def _parts(self) -> list[Tensor]:
-        """The flat float32 partitions that DeepSpeed steps in place of the parameters; none at stage 0 in float32."""
+        """The flat float32 partitions that DeepSpeed steps in place of the parameters; none at stage 0."""
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if hasattr(self.deepspeed.optimizer, name):
                 return list(getattr(self.deepspeed.optimizer, name))

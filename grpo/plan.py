@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grpo.attention import Prefix
 from grpo.batch import needs
-from grpo.config import ConfigError, build_objective, composed, one_line_errors, settings
+from grpo.config import ConfigError, build_objective, composed, one_line_errors, settings, zero_stage
 from grpo.engine import LIVE, REDUCE_BUCKET
 from grpo.logprob import LOGITS_AT_ONCE
 from grpo.sync.names import group_of
@@ -178,7 +178,10 @@ class Plan:
 
 def states(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, ranks: int, dtype: str,
            reference: bool = False) -> dict[str, float]:  # fmt: skip
-    """Bytes of weights, gradients, optimizer and held reference on one rank, as DeepSpeed keeps them with AdamW."""
+    """Bytes of weights, gradients, optimizer and held reference on one rank, as DeepSpeed keeps them with AdamW.
+
+    `stage`: DeepSpeed's own, of `zero_stage`.
+    """
     size = 2 if dtype == "bfloat16" else 4
     trained = sum(trained_of(shape, lora, full).values())
     every = shape.all_weights() + (trained if lora is not None else 0)
@@ -187,7 +190,7 @@ def states(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, 
     return {
         "weights": every * size / shards["weights"],
         "gradients": trained * (4 if stage > 1 else size) / shards["gradients"],
-        "optimizer": trained * (master + (8 if stage or dtype == "float32" else 4)) / shards["optimizer"],
+        "optimizer": trained * (master + 8) / shards["optimizer"],
         "reference held": trained * size / shards["weights"] if reference and lora is None else 0,
     }
 
@@ -218,7 +221,8 @@ def plan(cfg: DictConfig, shape: Shape, given: Given) -> Plan:
     ranks = place.get("ranks", 1)
     s.check_ranks(ranks)
     lora = None if cfg.model.lora is None else {k: v for k, v in OmegaConf.to_container(cfg.model.lora).items()}
-    full, stage, dtype = cfg.model.get("full"), cfg.engine.stage, cfg.model.dtype
+    full, dtype = cfg.model.get("full"), cfg.model.dtype
+    stage = zero_stage(cfg.engine.stage, dtype)
     size, room = (2 if dtype == "bfloat16" else 4), DEVICES[given.device]
     reference = needs(build_objective(cfg)).reference
     shared = cfg.model.forward == "shared"

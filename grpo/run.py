@@ -321,7 +321,7 @@ class Run:
 
     def _step(self, step: int) -> tuple:
         """One iteration; one that runs out of memory is made again of smaller micro-batches, where that can be."""
-        collected, taken = collect(self, step), self.engine.taken
+        collected, begun = collect(self, step), self.engine.begun
         while True:
             try:
                 return loop.step(self, step, collected)
@@ -330,7 +330,7 @@ class Run:
                     raise
             gc.collect()  # the tensors that the error's frames held
             torch.cuda.empty_cache()
-            self._shrink(step, [e.group for e in collected[0]], self.engine.taken == taken)
+            self._shrink(step, [e.group for e in collected[0]], self.engine.begun == begun)
 
     def _shrink(self, step: int, groups: Sequence[Group], unchanged: bool) -> None:
         """Halve `micro_tokens` after a step that did not fit: here, or where other ranks miss this one by a resume.

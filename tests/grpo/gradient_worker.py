@@ -68,66 +68,67 @@ def nbytes(tensors):
     return float(sum(t.nbytes for t in tensors))
 
 
-def gradients(
-    checkpoint,
-    *,
-    stage,
-    micro,
-    pad="right",
-    layout="shared",
-    checkpointing=False,
-    aggregated="sequence_mean",
-    clip=1e9,
-    sgd=None,
-    poisoned=False,
-    full=False,
-    offload=False,
-):
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    share = QUESTIONS // world
-    zero = zero_config(stage=stage, clip=clip, dtype="float32", world=world, offload=offload)
-    policy = Policy(checkpoint, None if full else LORA, full=FULL, prompt=make_prompt(), forward=layout,
+def build(checkpoint, *, stage, pad="right", layout="shared", checkpointing=False, clip=1e9, sgd=None, full=False,
+          offload=False, dtype="float32"):  # fmt: skip
+    zero = zero_config(stage=stage, clip=clip, dtype=dtype, world=torch.distributed.get_world_size(), offload=offload)
+    policy = Policy(checkpoint, None if full else LORA, full=FULL, prompt=make_prompt(), forward=layout, dtype=dtype,
                     gradient_checkpointing=checkpointing, zero3=zero if stage == 3 else None)  # fmt: skip
     policy.pad = pad
     generator = torch.Generator().manual_seed(1)
     for name, p in policy.named_parameters():
         if "lora_B" in name:  # not zero, so that A has a gradient too
-            p.data = 0.1 * torch.randn(p.shape, generator=generator)
-    # lr=99: what counts is the one given to step
-    engine = Engine(policy, partial(torch.optim.SGD if sgd else torch.optim.AdamW, lr=99.0), zero)
+            p.data = 0.1 * torch.randn(p.shape, generator=generator).to(p.dtype)
+    # lr=99: what counts is the one given to step. eps: rounding of a gradient that is almost 0 is no step
+    engine = Engine(policy, partial(torch.optim.SGD, lr=99.0) if sgd else partial(torch.optim.AdamW, lr=99.0, eps=1e-3),
+                    zero)  # fmt: skip
     if full:
         another_reference(engine)
+    policy.train()
+    return engine
+
+
+def backward(engine, advantage, *, micro, aggregated="sequence_mean", extra=0.0):
+    """Loss, and the largest gap between reference and policy."""
+    share = QUESTIONS // engine.world
+    mine = range(engine.rank * share, (engine.rank + 1) * share)
     objective = Objective(
         beta=0.04, ratio=ratio.token, surrogate=partial(surrogate.clipped, clip_low=0.2, clip_high=0.2), kl=kl.k3,
         aggregate=partial(getattr(aggregate, aggregated), **({"length": 12} if aggregated == "constant" else {})),
         mask_truncated=True,
     )  # fmt: skip
-    everything = fixed_groups(policy)
+    everything = fixed_groups(engine.policy)
     n_tokens = float(loss_mask(everything, True).sum())
-    advantage = torch.linspace(-1.5, 2.0, QUESTIONS * COPIES) * (float("nan") if poisoned is True else 1.0)
-    mine = range(rank * share, (rank + 1) * share)
-    policy.train()
+    total = gap = 0.0
+    for i in range(0, share, micro):
+        groups = [everything[b] for b in mine[i : i + micro]]
+        batch = engine.policy.prepare(groups)
+        with torch.no_grad(), engine.reference():
+            ref, _ = engine(batch)
+        logp, entropy = engine(batch)
+        old = pad_rows([c.sampler_logp for g in groups for c in g.completions])
+        first = mine[i] * COPIES
+        out = objective(LossInputs(logp, old, old, ref, entropy, advantage[first : first + len(old)],
+                                   loss_mask(groups, True), n_tokens, float(QUESTIONS * COPIES)))  # fmt: skip
+        engine.backward(out.loss + extra, last=i + micro == share)
+        total += out.loss.item()
+        gap = max(gap, (ref - logp).abs().max().item())
+    return total, gap
 
-    def backward(advantage, extra=0.0):
-        """Loss, and the largest gap between reference and policy."""
-        total = gap = 0.0
-        for i in range(0, share, micro):
-            groups = [everything[b] for b in mine[i : i + micro]]
-            batch = policy.prepare(groups)
-            with torch.no_grad(), engine.reference():
-                ref, _ = engine(batch)
-            logp, entropy = engine(batch)
-            old = pad_rows([c.sampler_logp for g in groups for c in g.completions])
-            first = mine[i] * COPIES
-            out = objective(LossInputs(logp, old, old, ref, entropy, advantage[first : first + len(old)],
-                                       loss_mask(groups, True), n_tokens, float(QUESTIONS * COPIES)))  # fmt: skip
-            engine.backward(out.loss + extra, last=i + micro == share)
-            total += out.loss.item()
-            gap = max(gap, (ref - logp).abs().max().item())
-        return total, gap
 
+def whole_weights(engine, prefix):
+    with engine.gathered():
+        return {f"{prefix}/{n}": p.detach().float().clone() for n, p in engine.trainable.items()}
+
+
+SOUND = torch.linspace(-1.5, 2.0, QUESTIONS * COPIES)
+
+
+def gradients(checkpoint, *, stage, micro, aggregated="sequence_mean", sgd=None, poisoned=False, **how):
+    engine = build(checkpoint, stage=stage, sgd=sgd, **how)
+    advantage = SOUND * (float("nan") if poisoned is True else 1.0)
     # "loss": it is infinite, and its gradient is not
-    total, gap = backward(advantage, float("inf") if poisoned == "loss" else 0.0)
+    total, gap = backward(engine, advantage, micro=micro, aggregated=aggregated,
+                          extra=float("inf") if poisoned == "loss" else 0.0)  # fmt: skip
     grads = engine.gradients()
     held = {k: nbytes(v) for k, v in census(engine).items() if k != "optimizer"}
     try:
@@ -135,14 +136,12 @@ def gradients(
     except FloatingPointError:
         norm = -1.0
     held["optimizer"] = nbytes(census(engine)["optimizer"])
-    with engine.gathered():
-        weights = {f"after/{n}": p.detach().clone() for n, p in engine.trainable.items()}
+    weights = whole_weights(engine, "after")
     if poisoned:  # the step after it
-        backward(torch.linspace(-1.5, 2.0, QUESTIONS * COPIES))
+        backward(engine, SOUND, micro=micro)
         engine.step(1e-3)
-        with engine.gathered():
-            weights |= {f"next/{n}": p.detach().clone() for n, p in engine.trainable.items()}
-    loss = engine.reduce({"loss": total})["loss"]
+        weights |= whole_weights(engine, "next")
+    loss, rank = engine.reduce({"loss": total})["loss"], engine.rank
     return {
         **grads,
         **weights,
@@ -155,11 +154,34 @@ def gradients(
     }
 
 
+def resumed(checkpoint, *, stage, micro, **how):
+    """Weights and trainer state after three steps: without a break, and with one after the second."""
+
+    def step(engine):
+        backward(engine, SOUND, micro=micro)
+        engine.step(1e-3)
+
+    def now(engine, prefix):
+        return whole_weights(engine, prefix) | {f"{prefix}/{k}": v for k, v in engine.state().items()}
+
+    engine = build(checkpoint, stage=stage, **how)
+    step(engine), step(engine)
+    buffers = {f"buffer/{n}": b.clone() for n, b in engine.policy.named_buffers()}
+    state = [{k: v.clone() for k, v in engine.state().items()}]
+    torch.distributed.broadcast_object_list(state)
+    step(engine)
+    found = now(engine, "straight")
+    engine = build(checkpoint, stage=stage, **how)
+    engine.load_state(state[0])
+    step(engine)
+    return found | now(engine, "resumed") | buffers
+
+
 def main(checkpoint, out, variants):
     rank, world = start_distributed()
     # ZeRO-3 last: its configuration lives on in the process and would partition the weights of a later plain model.
     for name, variant in sorted(json.loads(variants).items(), key=lambda item: item[1]["stage"]):
-        result = gradients(checkpoint, **variant)
+        result = (resumed if variant.pop("resume", False) else gradients)(checkpoint, **variant)
         if rank == 0:
             save_file({k: v.contiguous() for k, v in result.items()}, Path(out) / f"{world}-{name}.safetensors")
         gc.collect()

@@ -37,6 +37,8 @@ SGD = {
 FULL = {f"full-zero{stage}": {"stage": stage, "micro": 2, "full": True, "sgd": 0.1} for stage in (0, 1, 2, 3)}
 OFFLOAD = {"offload": {"stage": 3, "micro": 2, "offload": True},
            "full-offload": {"stage": 3, "micro": 2, "offload": True, "full": True, "sgd": 0.1}}  # fmt: skip
+RESUMED = {f"resumed-{dtype}-zero{stage}": {"stage": stage, "micro": 1, "dtype": dtype, "resume": True}
+           for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)}  # fmt: skip
 FOUR = {n: v | {"micro": 1} for n, v in (SPLITS | FULL | OFFLOAD).items() if not n.endswith("micro2")}
 TWO = SPLITS | FULL | OFFLOAD
 TWO |= {f"{a}-1": {"stage": 0, "micro": 1, "aggregated": a} for a in ("token_mean", "constant")}
@@ -72,8 +74,8 @@ def run_worker(checkpoint, out, ranks, variants):
 @pytest.fixture(scope="module")
 def results(checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("gradients")
-    run_worker(checkpoint, out, 1, ONE | SGD | FULL | OFFLOAD)
-    run_worker(checkpoint, out, 2, TWO)
+    run_worker(checkpoint, out, 1, ONE | SGD | FULL | OFFLOAD | RESUMED)
+    run_worker(checkpoint, out, 2, TWO | RESUMED)
     return {p.stem: load_file(p) for p in out.glob("*.safetensors")}
 
 
@@ -109,6 +111,45 @@ def test_whole_weights_are_those_of_the_language_model(results):
     for name in results:
         if "full" in name:  # its reference is another policy than what is trained
             assert results[name]["gap"].item() > 0.01, name
+
+
+def of(result, prefix):
+    return {k.removeprefix(f"{prefix}/"): v for k, v in result.items() if k.startswith(f"{prefix}/")}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_engine_makes_the_step_that_the_first_one_would(results, ranks, name):
+    straight, again = (of(results[f"{ranks}-{name}"], which) for which in ("straight", "resumed"))
+    assert straight.keys() == again.keys() and any(k.endswith("/exp_avg_sq") for k in straight)
+    assert all(torch.equal(straight[k], again[k]) for k in straight)
+    assert all(v.item() == 3 for k, v in straight.items() if k.endswith("/step"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_optimizer_holds_is_the_same_at_every_stage(results, dtype):
+    """And in bfloat16 it steps float32 weights that the model's are rounded from."""
+    want = of(results[f"1-resumed-{dtype}-zero2"], "straight")
+    for name in [f"{ranks}-resumed-{dtype}-zero{stage}" for ranks in (1, 2) for stage in (0, 1, 2, 3)]:
+        found = of(results[name], "straight")
+        masters = [k for k in want if k.endswith("/master")]
+        assert masters and found.keys() == want.keys()
+        for key in masters:
+            assert (found[key] - want[key]).abs().max() <= (2e-6 if dtype == "float32" else 1e-3), (name, key)
+        if dtype == "bfloat16":
+            for key in masters:
+                assert torch.equal(found[key].bfloat16().float(), found[key.removesuffix("/master")]), (name, key)
+            assert any((found[k].bfloat16().float() != found[k]).any() for k in masters)
+
+
+def test_what_is_no_weight_is_float32_at_every_stage(results):
+    """Rotary frequencies above all: DeepSpeed makes them bfloat16 where it loads weights in parts."""
+    want = of(results["1-resumed-float32-zero0"], "buffer")
+    assert any("inv_freq" in k for k in want) and any("positional" in k for k in want)
+    for name in [f"{ranks}-{n}" for ranks in (1, 2) for n in RESUMED]:
+        found = of(results[name], "buffer")
+        assert found.keys() == want.keys()
+        assert all(found[k].dtype == torch.float32 and torch.equal(found[k], want[k]) for k in want), name
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
