@@ -111,7 +111,7 @@ class Checkpoints:
         for old in self.folder.glob("step-*"):
             if old not in keep:
                 shutil.rmtree(old)
-        for old in (*self.folder.glob(".old-*"), *self.folder.glob(".tmp-*")):
+        for old in {*self.folder.glob(".old-*"), *self.folder.glob(".tmp-*")} - keep:
             shutil.rmtree(old)
 
     # ---------------------------------------------------------------- choosing, on rank 0

@@ -71,10 +71,14 @@ def smaller(sizes: Sequence[int], budget: int | None) -> int | None:
     return None
 
 
-def remember(folder: Path, rank: int, step: int, budget: int) -> None:
-    """Leave in a run's folder what a resume of it starts from."""
-    (folder / REMEMBERED).mkdir(exist_ok=True)
-    write_json(folder / REMEMBERED / f"rank-{rank}.json", {"step": step, "micro_tokens": budget})
+def remember(folder: Path, rank: int, step: int, budget: int) -> bool:
+    """Leave in a run's folder what a resume of it starts from; False where nothing can be written there."""
+    try:
+        (folder / REMEMBERED).mkdir(exist_ok=True)
+        write_json(folder / REMEMBERED / f"rank-{rank}.json", {"step": step, "micro_tokens": budget})
+    except OSError:
+        return False
+    return True
 
 
 def remembered(folder: Path, budget: int | None) -> int | None:

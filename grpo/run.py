@@ -193,9 +193,10 @@ class Run:
     def waiting(self):
         """Context in which this rank waits for the rollout engine, and need not when it is asked to stop.
 
-        An engine on the trainer's own weights is waited for: under ZeRO-3 the other ranks would miss this one.
+        An engine on the trainer's own weights is waited for under ZeRO-3: the other ranks would miss this one.
         """
-        return STOPPING.waiting(RolloutError) if hasattr(self.rollout, "every_rank") else nullcontext()
+        alone = hasattr(self.rollout, "every_rank") or self.engine.stage < 3
+        return STOPPING.waiting(RolloutError) if alone else nullcontext()
 
     def header(self) -> str:
         """The first lines of a run: exactly what is optimised, on what, by which weights."""
@@ -243,6 +244,10 @@ class Run:
         s, show = self.settings, self.display
         self.began = time.perf_counter()
         show.say(self.header())
+        if s.out_of_memory == "halve" and (less := remembered(self.folder, s.micro_tokens)) != s.micro_tokens:
+            show.say(f"micro_tokens={less}, for {self.folder / REMEMBERED} says that more did not fit (with more "
+                     f"memory now: delete it)")  # fmt: skip
+            self.settings = s = replace(s, micro_tokens=less)
         state = self._restore() if s.resume else None
         if state is None and not s.resume and (self.folder / "metrics.jsonl").exists():
             raise ConfigError(
@@ -302,15 +307,14 @@ class Run:
                 self.tokens = tokens
             self._leave(trained, state, done)
             if not stop:
-                raise RunError(f"{error}\nThe checkpoint of step {trained} is written: when the cause is mended, go on "
-                               f"with name={self.folder.name} resume=true") from error  # fmt: skip
+                raise RunError(f"{error}\nThe checkpoint of step {trained} is written: when the cause is mended, "
+                               f"{self._to_go_on()}") from error  # fmt: skip
         else:
             if stop:
                 self._leave(trained, state, done)
         show.stop()
         if stop:
-            show.say(f"stopped   by {STOPPING.name} after step {trained}: go on with name={self.folder.name} "
-                     f"resume=true")  # fmt: skip
+            show.say(f"stopped   by {STOPPING.name} after step {trained}: {self._to_go_on()}")
             return log.close() if log else None
         summary = self._summary(state, end)
         if self.rank == 0:
@@ -342,12 +346,12 @@ class Run:
         if (less := smaller([self.policy.tokens_of(g) for g in groups], s.micro_tokens)) is None:
             raise RunError(f"{there}, with one question at a time: model.gradient_checkpointing=true, engine=zero3 or "
                            f"zero3_offload, a lower max_tokens or fewer generations")  # fmt: skip
-        go_on = f"go on with name={self.folder.name} resume=true"
-        if s.out_of_memory == "stop":
-            raise RunError(f"{there}: {go_on} micro_tokens={less}")
-        remember(self.folder, self.rank, step + 1, less)
-        if self.world > 1 or self.engine.stage or not unchanged:
-            raise Unfinished(f"{there}: {go_on}, which takes micro_tokens={less}")
+        halve = s.out_of_memory == "halve"
+        written = halve and remember(self.folder, self.rank, step + 1, less)
+        if not halve or self.world > 1 or self.engine.stage or not unchanged:
+            if written:
+                raise Unfinished(f"{there}: {self._to_go_on()}, which takes micro_tokens={less}")
+            raise RunError(f"{there}: {self._to_go_on()} micro_tokens={less}")
         masks = " (with dropout its masks are others)" if (self.cfg.model.lora or {}).get("dropout") else ""
         self.display.say(f"{there}: made again with micro_tokens={less}{masks}")
         self.engine.forget()
@@ -360,7 +364,10 @@ class Run:
     def _leave(self, step: int, state: Mapping, unfinished: Mapping | None) -> None:
         """Write what a resumed run needs to go on after `step`; `unfinished` is what that step has yet to log."""
         if step:  # else nothing was trained
-            left = state | self._progress() | {"unfinished": unfinished}
+            left = state | self._progress(step) | {"unfinished": unfinished}
+            if self.settings.rollout_lag and left["pending"] is None and step < self.settings.steps:
+                self.display.say(f"the completions of step {step + 1} did not come in time: a resumed run samples them "
+                                 f"anew, with the weights of now")  # fmt: skip
             self.checkpoints.save(step, self.policy, self.engine, left, best=False)
 
     def _finish(self, step: int, *, metrics: Mapping, rows: list[dict], groups: Sequence[Group], state: dict,
@@ -396,7 +403,7 @@ class Run:
             with self.clock("checkpoint"):
                 if self.rank == 0:
                     log.sync()
-                self.checkpoints.save(step, self.policy, self.engine, state | self._progress(), best=best)
+                self.checkpoints.save(step, self.policy, self.engine, state | self._progress(step), best=best)
 
     def _figures(self, metrics: Mapping[str, float], state: Mapping) -> dict[str, float]:
         shown = {"reward": metrics["reward"], "right": metrics.get("rewards/accuracy/mean"),
@@ -404,10 +411,10 @@ class Run:
                  "kl": metrics.get("kl"), "s/step": metrics["step_time"]}  # fmt: skip
         return {name: value for name, value in shown.items() if value is not None}
 
-    def _progress(self) -> dict:
+    def _progress(self, step: int) -> dict:
         bonus = getattr(self.objective, "entropy", None)
         return {"tokens": self.tokens, "quarantined": self.quarantined, "version": self.version,
-                "pending": self.rollouts.state(), "entropy": bonus.state() if bonus else None,
+                "pending": self.rollouts.state(step), "entropy": bonus.state() if bonus else None,
                 **self._cost()}  # fmt: skip
 
     def _cost(self) -> dict[str, float]:
@@ -416,12 +423,11 @@ class Run:
         return {"seconds": self.before["seconds"] + leg,
                 "device_seconds": self.before["device_seconds"] + leg * self.world}  # fmt: skip
 
+    def _to_go_on(self) -> str:
+        named = f"name={self.folder.name} " * (self.folder.parent.name == "outputs")  # else it is one of a multirun
+        return f"go on with {named}resume=true"
+
     def _restore(self) -> dict | None:
-        s = self.settings
-        if s.out_of_memory == "halve" and (less := remembered(self.folder, s.micro_tokens)) != s.micro_tokens:
-            self.display.say(f"micro_tokens={less}, for {self.folder / REMEMBERED} says that more did not fit (with "
-                             f"more memory now: delete it)")  # fmt: skip
-            self.settings = replace(s, micro_tokens=less)
         state = self.checkpoints.load(self.engine, self.display.say)
         if state is None:  # so that one command line can be queued again and again
             return self.display.say(f"resume=true, but {self.folder} has no checkpoint yet: it begins anew")

@@ -136,12 +136,34 @@ class Fine:
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step. Its loss is the mean over the target tokens of all ranks and micro-batches."""
+        from grpo.config import RunError
+        from grpo.micro import out_of_memory, smaller
+
+        groups = self._groups(step)
+        try:
+            return self._update(step, groups)
+        except FloatingPointError as error:
+            raise RunError(f"step {step + 1}: {error}. A lower optim.schedule.lr or optim.clip may help; resume=true "
+                           f"goes on from the last checkpoint") from error  # fmt: skip
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            tokens = self.cfg.micro_tokens
+            less = smaller([self.policy.tokens_of(g) for g in groups], tokens)
+            mend = (
+                f"go on with resume=true micro_tokens={less}"
+                if less
+                else ("model.gradient_checkpointing=true, engine=zero3 or zero3_offload, or shorter clips")
+            )
+            raise RunError(f"rank {self.rank} ran out of memory in step {step + 1} (micro_tokens={tokens or 'null'}): "
+                           f"{mend}") from error  # fmt: skip
+
+    def _update(self, step: int, groups: list) -> dict[str, float]:
         import torch
 
         from grpo.micro import micro_batches
         from grpo.rollout import sample_seed
 
-        groups = self._groups(step)
         self.encode.ahead(self.sampler.batch(step + 1, frozenset(self.quarantined))[self.rank :: self.world])
         micro = micro_batches(self.engine, self.policy, groups, self.cfg.micro_tokens)
         count = self.engine.reduce({"tokens": float(sum(len(g.completions[0].token_ids) for g in groups))})["tokens"]

@@ -1,5 +1,5 @@
 """Asked to stop: SIGUSR1, SIGUSR2 (time limits, submitit), SIGTERM (pre-emption) and SIGINT (Ctrl-C) end a run so that
-it can go on: exit status 75, on every rank, means "stopped to be continued: the same command with resume=true".
+it can go on: exit status 75 means "stopped to be continued: the same command with resume=true".
 
     while parts are built     the process ends right away
     in a rollout engine       the step is abandoned; nothing of it was trained, a resumed run makes it again
@@ -42,6 +42,11 @@ class Stopping:
     @property
     def name(self) -> str:
         return signal.Signals(self.number).name if self.number else "a signal to another rank"
+
+    @property
+    def left(self) -> float:
+        """Seconds until this process, which is asked to stop, ends wherever it is."""
+        return max(self.since + (self.grace or 0.0) - time.monotonic(), 0.0)
 
     def training(self, grace: float) -> None:
         """From now on a signal lets the run end in order, within `grace` seconds."""

@@ -32,7 +32,7 @@ def guard_packages() -> None:
 def run(cfg: DictConfig) -> float | None:
     stopping = install()  # anew: a launcher may have set handlers of its own
     # Imported here: --help and --cfg answer without waiting for torch.
-    from grpo.config import ConfigError, RunError, check_targets
+    from grpo.config import ConfigError, RunError, Unfinished, check_targets
     from grpo.display import Display
     from grpo.rollout import RolloutError
     from grpo.sync.names import SyncError
@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> float | None:
         return summary["accuracy/final"] if summary else stopping.leave()  # what a sweeper (Optuna) looks at
     except (ConfigError, RunError, RolloutError, SyncError) as error:
         display.stop()
-        if one_of_many:
+        if one_of_many and not isinstance(error, Unfinished):
             raise  # the other jobs go on; this one is listed as failed
         print(f"error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "status", 1))

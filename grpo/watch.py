@@ -59,6 +59,7 @@ class Sign:
     at: str = ""  # what the main thread is at
     waits: bool = False  # for other ranks, in a collective
     ended: str | None = None  # why, where it ends before the others
+    status: int = 1  # then, of the process
 
 
 class Watch:
@@ -84,6 +85,7 @@ class Watch:
         self._on, self.rank, self.world, self.silent, self.stuck = True, rank, world, silent, stuck
         self._mine = Sign(socket.gethostname(), _machine(), os.getpid())
         self._lock, self._done, self._rounds = threading.Lock(), threading.Event(), 0
+        self._alone = threading.Event()  # the others end, or say nothing any more
         # A connection of its own: another's may be held by a collective.
         self._store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                                timeout=timedelta(seconds=silent))  # fmt: skip
@@ -114,6 +116,7 @@ class Watch:
         if (type(error) is RuntimeError or isinstance(error, DistError)) and LOST_PEER.search(str(error)):
             self._done.wait(self.silent + ENDING + 3 * PERIOD)  # the watching thread ends this process meanwhile
         self._mine.at = f"step {self.step}, {self.stage}{_origin(error)}"
+        self._mine.status = getattr(error, "status", 1)
         self._end_with(f"{type(error).__name__}: {error}".splitlines()[0])
 
     # ---------------------------------------------------------------- this rank
@@ -137,10 +140,15 @@ class Watch:
         self._hook(kind, error, trace)
 
     def _at_exit(self) -> None:
-        """The main thread has come to its end, and not by `stop`."""
+        """The main thread has come to its end, and not by `stop`.
+
+        The others may need this process, for the store and for what NCCL has under way, until they know why they end.
+        """
         if self._mine.ended is None:
+            self._mine.status = STOPPED if STOPPING else 1
             asked = f"{STOPPING.name} before anything was trained" if STOPPING and STOPPING.grace is None else ""
             self._end_with(asked if STOPPING else "its own message stands above")
+        self._alone.wait(ENDING + 2 * LAST + 5 * PERIOD)
         self._done.set()
         for thread in self._threads:  # Python ends those that are left in the middle of C++, which aborts the process
             thread.join(LAST)
@@ -162,7 +170,7 @@ class Watch:
             except RuntimeError as error:
                 if not self._done.is_set() and self._left():
                     self._end([0], self._lost(str(error).splitlines()[0][:100]))
-                return
+                return self._alone.set()
             self._rounds += 1
             now, late = time.monotonic(), time.monotonic() - looked > self.silent / 2
             for rank in range(self.world):  # what this process slept through it cannot judge
@@ -174,11 +182,13 @@ class Watch:
                            for r in signs.keys() & before.keys()):  # fmt: skip
                 moved = now
             looked, before = now, signs
+            if all(r in ends or now - heard[r] > LAST for r in range(self.world) if r != self.rank):
+                self._alone.set()
             over = {r for r, since in ends.items() if now - since > ENDING}
             if self._left() and (
                 verdict := self._judge(signs, over, {r: now - t for r, t in heard.items()}, now - moved)
             ):
-                self._end(*verdict)
+                self._end(*verdict, signs[min(over)].status if over else 1)
 
     def _left(self) -> bool:
         """Whether this rank is still to be ended from here: not while it ends by itself, within `CLOSING` seconds."""
@@ -227,9 +237,9 @@ class Watch:
     def _named(self, rank: int, sign: Sign | None) -> str:
         return f"rank {rank}" + (f" (process {sign.process} on {sign.host})" if sign else "")
 
-    def _end(self, culprits: list[int], what: str) -> None:
+    def _end(self, culprits: list[int], what: str, status: int = 1) -> None:
         """End this process, and by a word in the store all others; the lowest rank that it was not says why."""
-        _briefly(lambda: self._store.set(VERDICT, json.dumps([culprits, what])))
+        _briefly(lambda: self._store.set(VERDICT, json.dumps([culprits, what, status])))
         if self.rank in culprits:
             _say(f"rank {self.rank} ends here:")
             faulthandler.dump_traceback(2)
@@ -238,7 +248,7 @@ class Watch:
             time.sleep(LAST)
         elif self.rank not in culprits:
             time.sleep(LAST / 2)
-        os._exit(STOPPED if STOPPING else 1)
+        os._exit(STOPPED if STOPPING else status)
 
 
 WATCH = Watch()

@@ -21,6 +21,8 @@ from contextlib import suppress
 from functools import partial, reduce
 from numbers import Real
 
+FUNCTION, PARTIAL = "$function", "$partial"  # in place of a function among hyper-parameters
+ENDED = 5.0  # seconds for the system to say how a process has ended that has closed its end of the pipe
 START = 300.0  # seconds that importing the functions may take: some bring a model along
 PASSED_OVER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -41,16 +43,15 @@ class Apart:
     """
 
     def __init__(self, functions: Mapping[str, Callable[..., float]], seconds: float):
-        self.seconds = seconds
+        self.seconds, written = seconds, {}
         for name, function in functions.items():
             try:
-                json.dumps(_written(function))
+                written[name] = _written(function)
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"components.{name} cannot run in a process of its own ({error}): write the function at the top "
                     f"level of a module, or set seconds: null, which leaves it in the trainer and without a time limit"
                 ) from error
-        written = {name: _written(function) for name, function in functions.items()}
         self._functions = _message({"functions": written, "seconds": seconds})
         self._process: subprocess.Popen | None = None
 
@@ -58,7 +59,7 @@ class Apart:
         done: list[tuple[float | None, str | None]] = []
         while len(done) < len(calls):
             self._run()
-            self._send(_message(calls[len(done) :]))
+            self._send(_message(_plain(calls[len(done) :])))
             while len(done) < len(calls) and (line := self._line(self.seconds)):
                 done.append(tuple(json.loads(line)))
             if len(done) < len(calls):
@@ -80,7 +81,7 @@ class Apart:
                 [sys.executable, "-m", "rewards.apart"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
                 env=os.environ | {"PYTHONPATH": path}, start_new_session=True,
             )  # fmt: skip
-            self._said = b""
+            self._said, self._closed = b"", False
             self._send(self._functions)
             if not self._line(START):
                 raise ApartError(f"the reward functions could not be imported: {self._why(START)}; what was said of it "
@@ -99,6 +100,7 @@ class Apart:
             ready, _, _ = select.select([self._process.stdout], [], [], max(until - time.monotonic(), 0))
             more = self._process.stdout.read(65536) if ready else b""
             if not more:
+                self._closed = bool(ready)
                 return None
             self._said += more
         line, _, self._said = self._said.partition(b"\n")
@@ -108,7 +110,7 @@ class Apart:
         """End the process, and all that it started, if it has not ended; how it ended."""
         process, self._process = self._process, None
         try:
-            status = process.wait(0.2)  # what ends by itself says why
+            status = process.wait(ENDED if self._closed else 0.2)  # what ends by itself says why
         except subprocess.TimeoutExpired:
             status = None
         with suppress(ProcessLookupError):
@@ -122,27 +124,35 @@ class Apart:
 
 
 def _message(content: object) -> bytes:
-    return json.dumps(content, default=_plain).encode() + b"\n"
+    return json.dumps(content).encode() + b"\n"
 
 
 def _plain(value: object):
-    """Config nodes, which look like lists and mappings, and functions among the hyper-parameters."""
+    """Config nodes, which look like lists and mappings, and functions among the hyper-parameters, as JSON has them.
+
+    Raises TypeError for what would be another thing there, such as a mapping whose keys are numbers.
+    """
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
     if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, Sequence) else _written(value)
+        if odd := [key for key in value if not isinstance(key, str) or key in (FUNCTION, PARTIAL)]:
+            raise TypeError(f"the key {odd[0]!r} of a mapping: keys must be texts")
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_plain(item) for item in value]
+    return _written(value)
 
 
 def _written(function: Callable) -> dict:
-    """What `_read` makes the function of again. Raises ValueError, or TypeError of JSON, where that cannot be."""
+    """What `_read` makes the function of again. Raises ValueError or TypeError where that cannot be."""
     if isinstance(function, partial):
-        content = {"partial": _written(function.func), "args": list(function.args), "keywords": function.keywords}
-        return json.loads(json.dumps(content, default=_plain))
+        return {PARTIAL: [_written(function.func), _plain(function.args), _plain(function.keywords)]}
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if not module or not name or "<" in name or module == "__main__":
         raise ValueError(f"{function!r} cannot be imported by a name")
     if reduce(getattr, name.split("."), importlib.import_module(module)) is not function:
         raise ValueError(f"{module}.{name} is another one")
-    return {"module": module, "name": name}
+    return {FUNCTION: [module, name]}
 
 
 # ---------------------------------------------------------------- in the process
@@ -154,10 +164,12 @@ def _read(written: object):
         return [_read(value) for value in written]
     if not isinstance(written, dict):
         return written
-    if written.keys() == {"module", "name"}:
-        return reduce(getattr, written["name"].split("."), importlib.import_module(written["module"]))
-    if written.keys() == {"partial", "args", "keywords"}:
-        return partial(_read(written["partial"]), *_read(written["args"]), **_read(written["keywords"]))
+    if FUNCTION in written:
+        module, name = written[FUNCTION]
+        return reduce(getattr, name.split("."), importlib.import_module(module))
+    if PARTIAL in written:
+        function, args, keywords = (_read(value) for value in written[PARTIAL])
+        return partial(function, *args, **keywords)
     return {key: _read(value) for key, value in written.items()}
 
 

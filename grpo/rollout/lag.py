@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from data.audio import ClipError
@@ -22,6 +23,7 @@ from grpo.batch import Completion, Encoded, Group
 from grpo.collect import Earned, score
 from grpo.config import ConfigError
 from grpo.rollout import RolloutError, Sampling
+from grpo.signals import STOPPING
 from grpo.watch import WATCH
 from rewards.weighted import RewardError
 
@@ -54,6 +56,7 @@ class Rollouts:
         self.pool = ThreadPoolExecutor(1, "rollout") if lag else None
         self.judge = ThreadPoolExecutor(1, "rewards")  # one: a reward need not be thread-safe
         self.asked: Asked | None = None
+        self.taken: Asked | None = None  # with lag: what is trained on, which a step that breaks off needs again
 
     def take(self, step: int) -> list[Earned]:
         """This rank's questions of `step`, their groups and rewards; with lag 1, the next step's are then on their way.
@@ -65,8 +68,9 @@ class Rollouts:
         if self.asked is None:
             self._ask(step)
         asked, self.asked = self.asked, None
+        self.taken = asked if self.lag else None
         with run.clock("rollout"):
-            groups = run.engine.together(asked.groups.result, RolloutError)
+            groups = run.engine.together(lambda: self._wait(asked).result(), RolloutError)
         if stale := {c.version for g in groups for c in g.completions} - {asked.version}:
             raise RuntimeError(f"step {step}: completions of weights version {stale}, expected {asked.version}")
         if self.lag and step + 1 < run.settings.steps:
@@ -86,9 +90,15 @@ class Rollouts:
     def settle(self) -> None:
         """Wait until no rank's rollout is on its way, so that engines can take weights. An error stays for `take`."""
         if self.asked is not None:
-            with self.run.clock("rollout"):
-                self.asked.groups.exception()
-                self.run.engine.gather([])  # rank 0 would push to a server that answers another rank
+            with self.run.clock("rollout"):  # together: rank 0 would push to a server that answers another rank
+                self.run.engine.together(lambda: self._wait(self.asked), RolloutError)
+
+    def _wait(self, asked: Asked) -> Future:
+        """Its groups, which have come or failed. Raises RolloutError in a process that is asked to stop meanwhile."""
+        if not asked.groups.done():
+            with self.run.waiting():
+                asked.groups.exception()
+        return asked.groups
 
     def _ask(self, step: int, asked: Set[str] = frozenset()) -> None:
         run, s = self.run, self.run.settings
@@ -115,12 +125,18 @@ class Rollouts:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def state(self) -> list[dict] | None:
-        """The completions that wait for the next step, of all ranks in question order, as JSON; every rank calls."""
-        if self.asked is None or self.asked.groups.exception():
-            mine, missing = [], [True]
-        else:
-            mine, missing = [_record(group) for group in self.asked.groups.result()], []
+    def state(self, step: int) -> list[dict] | None:
+        """The completions that wait for `step`, of all ranks in question order, as JSON; every rank calls.
+
+        None where there are none: not asked for, failed, or, in a process that is asked to stop, not there in half of
+        the time that it has left.
+        """
+        asked = next((a for a in (self.asked, self.taken) if a is not None and a.step == step), None)
+        mine, missing = [], [True]
+        if asked is not None:
+            with suppress(TimeoutError):
+                if not asked.groups.exception(STOPPING.left / 2 if STOPPING else None):
+                    mine, missing = [_record(group) for group in asked.groups.result()], []
         records = self.run.engine.gather(mine)
         return None if self.run.engine.gather(missing) else records
 

@@ -49,7 +49,7 @@ MASTER_ADDR=$(address "${nodes[0]}")
 export MASTER_ADDR MASTER_PORT=$port
 @SERVERS@
 
-# ---- the ranks: srun starts them and passes signals on; one that ends takes the others with it within a minute
+# ---- the ranks: srun starts them and passes signals on; one that ends takes the others with it within three minutes
 if ((told)); then finish 75; fi
 say "@NODES@ node(s) x @RANKS@ rank(s) on $(comma "${nodes[@]}")"
 srun --mpi=none --kill-on-bad-exit=0 --wait=180 --nodes=@NODES@ --nodelist="$(comma "${nodes[@]:0:@NODES@}")" \

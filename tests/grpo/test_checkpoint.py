@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from grpo.checkpoint import CheckpointError, Checkpoints, write_json
 
@@ -82,6 +83,20 @@ def test_saved_twice_at_one_step_and_killed_between_the_names(tmp_path, monkeypa
     checkpoints.save(2, POLICY, engine(3), {}, best=False)
     assert checkpoints.load(engine(0, loaded)) == {"step": 2} and loaded == [2.0, 3.0]
     assert folders(tmp_path) == ["step-000002"]
+
+
+def test_the_best_survives_a_kill_between_the_names(tmp_path, monkeypatch):
+    checkpoints, replace = Checkpoints(tmp_path, keep=1), os.replace
+    checkpoints.save(2, POLICY, engine(2), {}, best=True)
+    monkeypatch.setattr("grpo.checkpoint.os.replace",
+                        lambda a, b: broken(a) if a.name.startswith(".tmp-") else replace(a, b))  # fmt: skip
+    with pytest.raises(CheckpointError):
+        checkpoints.save(2, POLICY, engine(3), {}, best=False)
+    monkeypatch.undo()
+    for step in (4, 6):
+        checkpoints.save(step, POLICY, engine(step), {}, best=False)
+    best = checkpoints._named("best")
+    assert best.exists() and load_file(best / "trainer.safetensors")["w/master"].item() == 2.0
 
 
 def cut(path):

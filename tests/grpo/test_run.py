@@ -36,7 +36,7 @@ def clock(monkeypatch):
 
 
 class OneEngine(OneRank):
-    taken = 0
+    begun = 0
 
 
 class Saved:
@@ -61,7 +61,8 @@ def leg(folder, saved, clock, *, ranks=1, stop_at=None, resume=False, seen=lambd
         tokens=0, version=0, quarantined={}, before={"seconds": 0.0, "device_seconds": 0.0}, clock=module.Clock(),
         settings=SimpleNamespace(steps=6, stop_at=stop_at, resume=resume, traced_steps=0, reference_every=None,
                                  eval_every=9, questions=2, generations=2, checkpoint_every=2, samples_every=9,
-                                 checkpoint_grace=90.0, max_nonfinite=3),
+                                 checkpoint_grace=90.0, max_nonfinite=3, out_of_memory="stop",
+                                 rollout_lag=0),
         dataset=SimpleNamespace(fingerprint="f", train=[]), heldout=[make_question("q")],
         sampler=SimpleNamespace(epoch=lambda step: 0.5), sync=SimpleNamespace(push=nothing),
         rollouts=SimpleNamespace(state=nothing, load_state=nothing), may_rest=False,

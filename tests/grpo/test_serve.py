@@ -65,7 +65,7 @@ def test_served_answers_are_the_trainers(out, tmp_path, monkeypatch, capsys):
     here = next(ours.answers([question]))
     process.start()
     try:
-        process.wait(300)
+        process.wait(900)
         body = {"model": NAME, "messages": messages(ours.policy.prompt, question, clip), "max_tokens": 24,
                 "return_token_ids": True, "logprobs": True}  # fmt: skip
         there = request(process.url, body, "secret")

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from data import manifest
-from grpo.config import ConfigError, run_name
+from grpo.config import ConfigError, RunError, run_name
 from grpo.display import Display
 from grpo.sft import Fine, Taught, target
 from rewards.format import format
@@ -142,6 +142,26 @@ def test_the_gradient_does_not_depend_on_micro_batches(checkpoint, rows, process
     assert any(g.abs().max() > 1e-4 for g in first.values())
     for name in first:
         assert torch.allclose(first[name], second[name], atol=1e-6), name
+
+
+def test_what_an_update_can_fail_by_is_one_line(checkpoint, rows, process, tmp_path, monkeypatch):
+    run = fine(checkpoint, rows, tmp_path / "c", "micro_tokens=null")
+
+    def fails(error):
+        def backward(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(run.engine, "backward", backward)
+        run.step(0)
+
+    with pytest.raises(
+        RunError, match=r"rank 0 ran out of memory in step 1 \(micro_tokens=null\): .*micro_tokens=\d+$"
+    ):
+        fails(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RunError, match=r"step 1: the gradient norm is nan.*resume=true"):
+        fails(FloatingPointError("the gradient norm is nan: the step was not taken"))
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        fails(RuntimeError("expected scalar type Float"))
 
 
 def test_a_clip_that_cannot_be_read_gives_its_place_away(checkpoint, rows, process, tmp_path):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from grpo import watch
+from grpo.config import Unfinished
 from grpo.engine import stop_distributed
 from grpo.watch import WATCH
 
@@ -32,11 +33,14 @@ def misbehave(mode):
             raise KeyError("a mistake of mine")
         except KeyError as error:
             WATCH.ending(error)
-            time.sleep(3 * watch.ENDING)  # closes what it has open, longer than the others wait for it
+            time.sleep(2 * watch.ENDING)  # closes what it has open, longer than the others wait for it
             raise
     if mode == "same":
         raise ValueError("the same on all ranks")
-    if mode == "exit":
+    if mode == "unfinished":
+        WATCH.ending(error := Unfinished("no room"))
+        sys.exit(error.status)
+    if mode in ("exit", "store-exit"):
         sys.exit("error: said by itself")
     os.kill(os.getpid(), getattr(signal, mode.removeprefix("store-")))
 
@@ -54,7 +58,7 @@ def rank_of(mode, rank):
 def work(mode, rank):
     dist.init_process_group("gloo", timeout=timedelta(seconds=100))
     # Where one exits its watching thread is mostly in the store: Python would end it there, and abort the process.
-    watch.PERIOD, watch.LAST, watch.ENDING = 0.001 if mode == "exit" else 0.1, 0.5, 1.0
+    watch.PERIOD, watch.LAST, watch.ENDING = 0.001 if mode == "exit" else 0.1, 1.0, 3.0
     WATCH.start(rank, RANKS, silent=SILENT, stuck=STUCK)
     for step in range(1, END):
         WATCH.step = step

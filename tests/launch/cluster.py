@@ -102,7 +102,7 @@ class Cluster:
         for node in ("n1", "n2"):
             self.start(node)
         idle = ("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N")
-        self.until(lambda: self.run(*idle).split() == ["n1", "n2"], 30, "two idle nodes")
+        self.until(lambda: self.run(*idle).split() == ["n1", "n2"], 120, "two idle nodes")
 
     def start(self, node: str) -> None:
         self.run("slurmd", "-N", node, "-c")

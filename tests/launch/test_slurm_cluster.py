@@ -77,7 +77,7 @@ def undisturbed(cluster, tmp_path_factory):
 
 def running(cluster, home, name, step):
     """Wait until every rank of a run has a state past `step`."""
-    cluster.until(lambda: len(s := states(home, name)) == 2 and min(x["step"] for x in s) > step, 60, f"step {step}")
+    cluster.until(lambda: len(s := states(home, name)) == 2 and min(x["step"] for x in s) > step, 180, f"step {step}")
 
 
 def same_end(home, name, undisturbed):
@@ -213,6 +213,19 @@ def test_zero3_over_two_nodes_ends_the_same_when_it_loses_one(cluster, home):
     assert weights(run) == weights(calm) and steps_of(run) == steps_of(calm)
 
 
+# From its second step on the last rank of a run has no memory for its whole share at once.
+TIGHT = ["questions=32", "generations=8", "micro_tokens=null", "model.lora.dropout=0", "max_tokens=40", "steps=3",
+         "checkpoint.every=1", "loss.surrogate._target_=tests.grpo.test_memory.tight"]  # fmt: skip
+
+
+def test_out_of_memory_on_one_of_two_nodes_is_queued_again_with_less(cluster, home):
+    job = submit(cluster, home, *TINY, *TIGHT, "engine=zero3", "name=tight", nodes=2)
+    end = cluster.ended(job, 400)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), output(home)
+    assert "rank 1 ran out of memory in step 2 (micro_tokens=null)" in output(home)
+    assert steps_of(home / "outputs" / "tight") == [0, 1, 2, 3]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_servers_on_a_node_of_their_own(cluster, home):
     words = ["rollout=vllm_server", "rollout.max_model_len=512", "rollout.kv_cache_gib=0.1", "steps=1", "name=served"]
@@ -290,15 +303,33 @@ def test_a_sweep_is_an_array_of_jobs_with_a_limit(cluster, home, tmp_path):
     assert runs == sorted(f"loss={loss},seed={seed}" for seed in (0, 1, 2) for loss in ("grpo", "dapo"))
 
 
+def test_a_job_of_a_sweep_that_runs_out_of_memory_goes_on_with_less(cluster, home, tmp_path):
+    process = sweep(cluster, home, tmp_path, "name=tight", *TIGHT, "engine=zero2", "seed=0,1")
+    process.wait(400)
+    folder = home / "multirun" / "tight"
+    assert process.returncode == 0, said_by(process, folder)
+    for run in (folder / "seed=0", folder / "seed=1"):
+        assert steps_of(run) == [0, 1, 2, 3] and not (run / "failure.json").exists()
+        assert (run / "out_of_memory" / "rank-0.json").exists()
+
+
 def test_jobs_of_a_sweep_that_are_told_to_stop_go_on(cluster, home, calm, tmp_path):
     """USR2, by which submitit announces the time limit, and TERM, by which SLURM announces a pre-emption."""
     process = sweep(cluster, home, tmp_path, "name=two", "steps=6", "checkpoint.every=1", "loss=grpo,dapo")
     folder = home / "multirun" / "two"
-    for number, (loss, how) in enumerate({"grpo": "USR2", "dapo": "TERM"}.items()):
-        run = folder / f"loss={loss}"
-        cluster.until(lambda run=run: (run / "checkpoints" / "step-000002").exists(), 300, f"second step of {loss}")
-        array = cluster.run("squeue", "-h", "-o", "%F").split()[0]
-        cluster.run("scancel", f"--signal={how}", f"{array}_{number}")
+    begun = [folder / f"loss={loss}" / "checkpoints" / "last.json" for loss in ("grpo", "dapo")]
+    told: dict[int, str] = {}
+
+    def both_told() -> bool:
+        for number, how in enumerate(("USR2", "TERM")):
+            if number not in told and begun[number].exists():
+                array = cluster.run("squeue", "-h", "-o", "%F").split()[0]
+                cluster.run("scancel", f"--signal={how}", f"{array}_{number}")
+                told[number] = array
+        return len(told) == 2
+
+    cluster.until(both_told, 300, "first checkpoint of both")
+    array = told[0]
     process.wait(400)
     assert process.returncode == 0, said_by(process, folder)
     assert {cluster.job(f"{array}_{i}")["Restarts"] for i in (0, 1)} == {"1"}, said_by(process, folder)

@@ -1,18 +1,23 @@
 """rollout.lag: what is sampled when and with which weights; what waits in a checkpoint; what a fault leaves behind."""
 
 import json
+import os
+import signal
 import threading
+from concurrent.futures import Future
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
+from grpo import signals
 from grpo.batch import Completion, Encoded, Group
 from grpo.collect import Earned
 from grpo.config import ConfigError
 from grpo.rollout import RolloutError
 from grpo.rollout import lag as lag_module
 from grpo.rollout.lag import Rollouts
+from rewards.weighted import RewardError
 
 STEPS = 5
 
@@ -95,10 +100,10 @@ def test_no_rank_goes_on_to_its_push_while_another_still_samples(run):
     here = threading.Barrier(2)
     for rank in (run, slow):
         rank.engine = Engine()
-        rank.engine.gather = lambda items: [here.wait(60)]
+        rank.engine.together = lambda call, error: [call(), here.wait(60)]
     ranks = [Rollouts(rank, 1) for rank in (run, slow)]
     for rollouts in ranks:
-        rollouts.take(0)
+        rollouts._ask(1)
     settled = [threading.Thread(target=rollouts.settle, daemon=True) for rollouts in ranks]
     for thread in settled:
         thread.start()
@@ -114,7 +119,7 @@ def test_no_rank_goes_on_to_its_push_while_another_still_samples(run):
 def test_without_lag_nothing_is_sampled_ahead(run):
     rollouts = Rollouts(run, 0)
     rollouts.take(0)
-    assert rollouts.asked is None and run.rollout.log == [(0, 0)] and rollouts.state() is None
+    assert rollouts.asked is None and run.rollout.log == [(0, 0)] and rollouts.state(0) is rollouts.state(1) is None
 
 
 def test_weights_that_changed_under_a_rollout_are_refused(run):
@@ -130,7 +135,7 @@ def test_weights_that_changed_under_a_rollout_are_refused(run):
 def test_what_waits_survives_a_checkpoint(run):
     whole = Rollouts(run, 1)
     train(run, whole, 0, 3)
-    saved = json.loads(json.dumps(whole.state()))
+    saved = json.loads(json.dumps(whole.state(3)))
     waiting = whole.asked.groups.result()
     again = Rollouts(run, 1)
     again.load_state(3, saved)
@@ -141,10 +146,52 @@ def test_what_waits_survives_a_checkpoint(run):
     assert run.rollout.log == [(4, 3)]  # step 3 was not sampled again
 
 
+def test_a_step_whose_rewards_fail_is_made_again_of_the_same_completions(run):
+    whole = Rollouts(run, 1)
+    train(run, whole, 0, 2)
+    waiting = whole.asked.groups.result()
+    whole.asked.earned[0] = failed = Future()
+    failed.set_exception(RewardError("no model here"))
+    with pytest.raises(RewardError):
+        whole.take(2)  # by now step 3 is on its way
+    again = Rollouts(run, 1)
+    again.load_state(2, json.loads(json.dumps(whole.state(2))))
+    assert [e.group for e in again.take(2)] == waiting
+
+
+@pytest.fixture
+def stopping(monkeypatch, run):
+    """A process that can be asked to stop, as one that trains."""
+    stopping = signals.Stopping()
+    stopping.training(60.0)
+    for module in (signals, lag_module):
+        monkeypatch.setattr(module, "STOPPING", stopping)
+    monkeypatch.setattr(signals, "_later", lambda seconds, call: None)
+    run.waiting = lambda: stopping.waiting(RolloutError)
+    before = signal.signal(signal.SIGUSR1, stopping._receive)
+    yield stopping
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("where", ["take", "settle"])
+def test_asked_to_stop_it_waits_no_longer_and_keeps_what_comes_in_time(run, stopping, where):
+    run.rollout.hold = {1}
+    rollouts = Rollouts(run, 1)
+    rollouts.take(0)
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+    with pytest.raises(RolloutError, match="SIGUSR1: no longer waiting"):
+        rollouts.take(1) if where == "take" else rollouts.settle()
+    stopping.grace = 0.0
+    assert rollouts.state(1) is None  # not yet, and no time left
+    stopping.grace = 120.0
+    threading.Timer(0.2, run.rollout.go.set).start()
+    assert [record["id"] for record in rollouts.state(1)] == ["a", "b"]
+
+
 def test_other_data_after_a_checkpoint_is_an_error(run):
     whole = Rollouts(run, 1)
     train(run, whole, 0, 1)
-    saved = whole.state()
+    saved = whole.state(1)
     saved[0]["id"] = "c"
     with pytest.raises(ValueError, match="question c, the run asks a now"):
         Rollouts(run, 1).load_state(1, saved)
@@ -154,7 +201,7 @@ def test_a_failed_rollout_shows_where_its_groups_are_wanted(run):
     run.rollout.fails = {2}
     rollouts = Rollouts(run, 1)
     train(run, rollouts, 0, 2)  # step 2 failed in the background: training of step 1 went on
-    assert rollouts.state() is None
+    assert rollouts.state(2) is None
     with pytest.raises(RolloutError, match="gone"):
         rollouts.take(2)
     run.rollout.fails = set()

@@ -144,7 +144,7 @@ def test_a_fault_that_passes_changes_nothing(fault, servers, prompts, fakes, eng
 def test_a_hanging_server_given_by_url_is_left_out_and_the_other_does_its_work(prompts, fakes, engine):
     undisturbed = ids(engine(1).generate(prompts, 2, SAMPLING))
     fakes[0].script[GENERATE] = ["hang"] * 3
-    both = engine(2, timeout=0.7)
+    both = engine(2, timeout=3.0)
     assert ids(both.generate(prompts, 2, SAMPLING)) == undisturbed
     assert not both.servers[0].up
     fakes[0].released.set()  # well again: it is asked again, once it was brought to the current version
@@ -169,8 +169,11 @@ def test_random_faults_in_random_places(prompts, fakes, engine):
 @pytest.mark.parametrize("fault", [*PASSING, "hang"])
 def test_after_its_tries_the_engine_says_what_it_saw(fault, prompts, fakes, engine):
     fakes[0].script[GENERATE] = [fault] * 100
+    one = engine(tries=2, timeout=20.0)
+    if fault == "hang":
+        one.timeout = one.servers[0].timeout = 0.3
     with pytest.raises(RolloutError, match=r"question q\d: no answer after 2 tries \(rollout.tries\)") as error:
-        engine(tries=2, timeout=0.3 if fault == "hang" else 20.0).generate(prompts, 2, SAMPLING)
+        one.generate(prompts, 2, SAMPLING)
     assert fakes[0].url in str(error.value)
 
 
@@ -388,7 +391,7 @@ def test_what_was_broadcast_is_not_repeated_to_a_server_that_comes_back_empty(pr
 
 
 def test_a_server_that_hangs_is_started_anew(prompts, started):
-    engine = started(timeout=1.0)
+    engine = started(timeout=5.0)
     push(engine, 1)
     expected = ids(engine.generate(prompts, 2, SAMPLING))
     os.kill(process_of(engine.servers[0]), signal.SIGSTOP)

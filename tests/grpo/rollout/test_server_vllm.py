@@ -186,13 +186,14 @@ def test_killed_in_mid_batch_it_comes_back_with_the_same_weights_and_answers(vic
     turn(policy, 200)
     Delta(policy, OneRank(policy), rollout, probe_every=0).push(rollout.version + 1)
     sampling = Sampling(200, seed=11)
-    start = time.monotonic()
     calm = rollout.generate(prompts, 8, sampling)
+    start = time.monotonic()  # of the second: nothing is new to it
+    assert ids(rollout.generate(prompts, 8, sampling)) == ids(calm)
     usual = time.monotonic() - start
     restarts, old = rollout.restarts, children(rollout.servers[0].process.keeper.pid)
     names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in old}
     target = old[0] if victim == "api" else next(pid for pid, name in names.items() if "EngineCor" in name)
-    after = random.Random(victim).uniform(0.1, 0.8) * usual
+    after = random.Random(victim).uniform(0.1, 0.4) * usual
     killer = threading.Timer(after, os.kill, (target, signal.SIGKILL))
     killer.start()
     groups = rollout.generate(prompts, 8, sampling)
