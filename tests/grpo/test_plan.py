@@ -106,7 +106,7 @@ def test_every_placement_fits_its_gpus_and_shares_evenly(name, capsys):
     place = cfg.placement
     assert place.name == name and cfg.generations == 6 and cfg.questions % place.ranks == 0
     if name == "1gpu":
-        assert (cfg.engine.stage, cfg.questions) == (0, 8)
+        assert (cfg.engine.stage, cfg.questions) == (2, 8)
     else:
         assert cfg.questions == 2 * place.ranks and cfg.engine.stage == 3  # two questions a device
     if not cfg.rollout.get("sleep"):  # then the engine is on a GPU of its own
