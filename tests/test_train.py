@@ -137,14 +137,16 @@ def test_stopped_and_resumed_equals_never_stopped(work, straight, stop):
     assert lines(work, name, "samples.jsonl") == lines(work, "straight", "samples.jsonl")
 
 
-def told(work, name, number, ranks=1):
-    """Exit statuses and output of a run that gets a signal after its first step; of several ranks the last one does."""
+def told(work, name, number, ranks=1, *, words=(), sign=None):
+    """Exit statuses and output of a run that gets a signal after its first step, or once the file `sign` is there; of
+    several ranks the last one does."""
     env = {**ENV, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, "-m", "grpo.train", *SMALL, "tracking=none", f"name={name}"]
+    command = [sys.executable, "-m", "grpo.train", *SMALL, "tracking=none", f"name={name}", *words]
     runs = [subprocess.Popen(command, cwd=work, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(ranks)]  # fmt: skip
     metrics, end = work / "outputs" / name / "metrics.jsonl", time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text().count("\n") > 1) and time.monotonic() < end:
+    there = sign.exists if sign else lambda: metrics.exists() and metrics.read_text().count("\n") > 1
+    while not there() and time.monotonic() < end:
         time.sleep(0.01)
     runs[-1].send_signal(number)
     said = [run.communicate(timeout=300)[0] for run in runs]
@@ -163,6 +165,19 @@ def test_told_to_stop_it_goes_on_to_the_same_end(work, straight, number, ranks):
         train(work, f"name={name}", "resume=true")
         assert timeless(lines(work, name)) == timeless(lines(work, "straight"))
         assert lines(work, name, "samples.jsonl") == lines(work, "straight", "samples.jsonl")
+
+
+@pytest.mark.parametrize("when", ["step=3", "evaluation=1"])
+def test_told_to_stop_while_it_samples_it_waits_no_longer(work, straight, when):
+    name = f"samples-{when.replace('=', '-')}"
+    words = ["rollout._target_=tests.grpo.rollout.flaky.Flaky", f"+rollout.mended={work / name}", f"+rollout.{when}",
+             "+rollout.hangs=true"]  # fmt: skip
+    statuses, said = told(work, name, signal.SIGTERM, words=words, sign=work / name)  # which gives it 300 s, not 600
+    assert statuses == [75] and "is not done" not in said
+    assert [row["step"] for row in lines(work, name)] == ([0, 1, 2, 3] if when == "step=3" else [0, 1, 2])
+    train(work, f"name={name}", *words, "resume=true")
+    assert timeless(lines(work, name)) == timeless(lines(work, "straight"))
+    assert lines(work, name, "samples.jsonl") == lines(work, "straight", "samples.jsonl")
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_kept(work, straight, monkeypatch):
