@@ -366,8 +366,8 @@ class Run:
         if step:  # else nothing was trained
             left = state | self._progress(step) | {"unfinished": unfinished}
             if self.settings.rollout_lag and left["pending"] is None and step < self.settings.steps:
-                self.display.say(f"the completions of step {step + 1} did not come in time: a resumed run samples them "
-                                 f"anew, with the weights of now")  # fmt: skip
+                self.display.say(f"the completions of step {step + 1} are not there: a resumed run samples them anew, "
+                                 f"with the weights of now")  # fmt: skip
             self.checkpoints.save(step, self.policy, self.engine, left, best=False)
 
     def _finish(self, step: int, *, metrics: Mapping, rows: list[dict], groups: Sequence[Group], state: dict,

@@ -26,6 +26,10 @@ ECHO = 2.0  # seconds
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
+class _Asked(BaseException):
+    """Out of whatever the main thread is at: no Exception, which readers of clips and libraries take for their own."""
+
+
 class Stopping:
     """Whether, by which signal and since when this process is asked to stop. One a process: `install` makes it."""
 
@@ -34,7 +38,7 @@ class Stopping:
         self.since = 0.0
         self.grace: float | None = None  # None: nothing is trained yet, a signal ends the process
         self.before: dict[int, object] = {}  # handlers that stood here: submitit's, which asks for a requeue
-        self._waits: type[Exception] | None = None
+        self._waits = False
 
     def __bool__(self) -> bool:
         return self.number is not None
@@ -58,13 +62,16 @@ class Stopping:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._waits = error
         try:
-            if self:
-                self._raise()
-            yield
-        finally:
-            self._waits = None
+            try:
+                self._waits = True
+                if self:
+                    self._leave_wait()
+                yield
+            finally:
+                self._waits = False
+        except _Asked:
+            raise error(f"{self.name}: no longer waiting for the rollout engine") from None
 
     def leave(self) -> NoReturn:
         """End in order; first what stood in our place hears of the signal (submitit has the job requeued by it)."""
@@ -91,11 +98,11 @@ class Stopping:
         _later(self.grace, lambda: _end(f"stopping  rank {rank} is not done {self.grace:g} s after {self.name} "
                                         f"(checkpoint.grace): ends now, the last checkpoint stays"))  # fmt: skip
         if self._waits:
-            self._raise()
+            self._leave_wait()
 
-    def _raise(self) -> NoReturn:
-        error, self._waits = self._waits, None
-        raise error(f"{self.name}: no longer waiting for the rollout engine")
+    def _leave_wait(self) -> NoReturn:
+        self._waits = False
+        raise _Asked
 
 
 STOPPING = Stopping()

@@ -54,7 +54,8 @@ def run(cfg: DictConfig) -> float | None:
         return summary["accuracy/final"] if summary else stopping.leave()  # what a sweeper (Optuna) looks at
     except (ConfigError, RunError, RolloutError, SyncError) as error:
         display.stop()
-        if one_of_many and not isinstance(error, Unfinished):
+        queued = isinstance(error, Unfinished) and "submitit" in HydraConfig.get().launcher.get("_target_", "")
+        if one_of_many and not queued:
             raise  # the other jobs go on; this one is listed as failed
         print(f"error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "status", 1))

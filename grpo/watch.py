@@ -1,12 +1,14 @@
 """Ranks that watch each other: when one dies or hangs, all end within a bounded time, and say which one it was.
 
 Every rank writes a line into the store of the process group once a second, from a thread of its own, and reads those
-of the others. It ends, with status 1, when one
+of the others. It ends when one
 
     is gone         its process has ended, or it says that it ends by an error
     is silent       nothing came from it for `silent` seconds: stopped, swapped out, its node lost
     is stuck        nothing has moved on any rank for `stuck` seconds; it is the one that is behind, or that does not
                     wait for others
+
+Its status is that of the one that ended (75: to be gone on with), else 1.
 
 Without this, the others would wait for the time limit of the process group, and nobody would know for whom.
 """
@@ -18,6 +20,7 @@ import faulthandler
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import sysconfig
@@ -33,7 +36,8 @@ from types import FrameType
 
 from torch.distributed import DistError, TCPStore
 
-from grpo.signals import STOPPED, STOPPING
+from grpo.config import RunError
+from grpo.signals import SIGNALS, STOPPED, STOPPING
 
 PERIOD = 1.0  # seconds between two looks
 LAST = 2.0  # seconds that a rank leaves the others, or the store, when it ends
@@ -116,7 +120,7 @@ class Watch:
         if (type(error) is RuntimeError or isinstance(error, DistError)) and LOST_PEER.search(str(error)):
             self._done.wait(self.silent + ENDING + 3 * PERIOD)  # the watching thread ends this process meanwhile
         self._mine.at = f"step {self.step}, {self.stage}{_origin(error)}"
-        self._mine.status = getattr(error, "status", 1)
+        self._mine.status = error.status if isinstance(error, RunError) else 1
         self._end_with(f"{type(error).__name__}: {error}".splitlines()[0])
 
     # ---------------------------------------------------------------- this rank
@@ -144,6 +148,8 @@ class Watch:
 
         The others may need this process, for the store and for what NCCL has under way, until they know why they end.
         """
+        for number in SIGNALS:  # torchrun sends one to whoever is left
+            signal.signal(number, signal.SIG_IGN)
         if self._mine.ended is None:
             self._mine.status = STOPPED if STOPPING else 1
             asked = f"{STOPPING.name} before anything was trained" if STOPPING and STOPPING.grace is None else ""
@@ -182,8 +188,8 @@ class Watch:
                            for r in signs.keys() & before.keys()):  # fmt: skip
                 moved = now
             looked, before = now, signs
-            if all(r in ends or now - heard[r] > LAST for r in range(self.world) if r != self.rank):
-                self._alone.set()
+            alone = all(r in ends or now - heard[r] > LAST for r in range(self.world) if r != self.rank)
+            (self._alone.set if alone else self._alone.clear)()
             over = {r for r, since in ends.items() if now - since > ENDING}
             if self._left() and (
                 verdict := self._judge(signs, over, {r: now - t for r, t in heard.items()}, now - moved)

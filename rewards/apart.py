@@ -49,8 +49,9 @@ class Apart:
                 written[name] = _written(function)
             except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"components.{name} cannot run in a process of its own ({error}): write the function at the top "
-                    f"level of a module, or set seconds: null, which leaves it in the trainer and without a time limit"
+                    f"components.{name} cannot run in a process of its own ({error}): a function at the top level of a "
+                    f"module can, with what JSON can hold, or set seconds: null, which leaves it in the trainer and "
+                    f"without a time limit"
                 ) from error
         self._functions = _message({"functions": written, "seconds": seconds})
         self._process: subprocess.Popen | None = None

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 
 from data.audio import ClipError
 from grpo.batch import Completion, Encoded, Group
@@ -118,7 +119,8 @@ class Rollouts:
             with run.clock("rollout"):
                 try:
                     with run.waiting():
-                        groups.set_result(run.rollout.generate(*arguments))
+                        made = run.rollout.generate(*arguments)
+                    groups.set_result(made)
                 except RolloutError as error:
                     groups.set_exception(error)
         self.asked = Asked(step, questions, run.version, groups, earned)
@@ -128,17 +130,18 @@ class Rollouts:
     def state(self, step: int) -> list[dict] | None:
         """The completions that wait for `step`, of all ranks in question order, as JSON; every rank calls.
 
-        None where there are none: not asked for, failed, or, in a process that is asked to stop, not there in half of
-        the time that it has left.
+        None where there are none: not asked for, failed, or, where a rank is asked to stop, not there in half of the
+        time that it has left.
         """
         asked = next((a for a in (self.asked, self.taken) if a is not None and a.step == step), None)
-        mine, missing = [], [True]
+        mine, missing, engine = [], [True], self.run.engine
+        left = engine.reduce({"left": STOPPING.left / 2 if STOPPING else inf}, "min")["left"]
         if asked is not None:
             with suppress(TimeoutError):
-                if not asked.groups.exception(STOPPING.left / 2 if STOPPING else None):
+                if not asked.groups.exception(None if left == inf else left):
                     mine, missing = [_record(group) for group in asked.groups.result()], []
-        records = self.run.engine.gather(mine)
-        return None if self.run.engine.gather(missing) else records
+        records = engine.gather(mine)
+        return None if engine.gather(missing) else records
 
     def load_state(self, step: int, records: Sequence[Mapping] | None) -> None:
         """Put back what `state` gave before `step`, on any number of ranks."""

@@ -31,6 +31,9 @@ class Engine:
     def together(self, call, error):
         return call()
 
+    def reduce(self, values, how):
+        return values
+
 
 class Recorder:
     """A rollout engine that writes down what it did, and at the steps of `hold` waits until `go` is set."""
@@ -186,6 +189,29 @@ def test_asked_to_stop_it_waits_no_longer_and_keeps_what_comes_in_time(run, stop
     stopping.grace = 120.0
     threading.Timer(0.2, run.rollout.go.set).start()
     assert [record["id"] for record in rollouts.state(1)] == ["a", "b"]
+
+
+def test_what_samples_cannot_take_the_request_for_a_fault_of_its_own(stopping):
+    def reads_a_clip():
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        except Exception:
+            return "unreadable"
+
+    with pytest.raises(RolloutError, match="SIGUSR1: no longer waiting"), stopping.waiting(RolloutError):
+        reads_a_clip()
+    with pytest.raises(RolloutError, match="SIGUSR1"), stopping.waiting(RolloutError):
+        pytest.fail("it is asked to stop")
+
+
+def test_the_time_for_what_is_on_its_way_is_agreed_between_the_ranks(run):
+    """This one was not told, and waits no longer than the one that was."""
+    run.rollout.hold = {1}
+    rollouts = Rollouts(run, 1)
+    rollouts.take(0)
+    run.engine.reduce = lambda values, how: {"left": min(values["left"], 0.1)} if how == "min" else None
+    assert rollouts.state(1) is None
+    run.rollout.go.set()
 
 
 def test_other_data_after_a_checkpoint_is_an_error(run):
