@@ -100,7 +100,7 @@ def test_the_ranks_meet_and_the_words_arrive_as_they_were_given(cluster, stand):
 
 
 def test_what_dry_prints_slurm_would_take(cluster):
-    make = ["make", "-n", "slurm-train", "EXPERIMENT=audsemthinker_qa_grpo", "DRY=1"]
+    make = ["make", "-n", "--no-print-directory", "slurm-train", "EXPERIMENT=audsemthinker_qa_grpo", "DRY=1"]
     env = cluster.env | {"MAKEFLAGS": ""}
     line = subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True).stdout.splitlines()[-1]
     command = [sys.executable, *shlex.split(line)[1:]]  # the first is .venv/bin/python
