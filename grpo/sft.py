@@ -150,11 +150,9 @@ class Fine:
                 raise
             tokens = self.cfg.micro_tokens
             less = smaller([self.policy.tokens_of(g) for g in groups], tokens)
-            mend = (
-                f"go on with resume=true micro_tokens={less}"
-                if less
-                else ("model.gradient_checkpointing=true, engine=zero3 or zero3_offload, or shorter clips")
-            )
+            mend = "model.gradient_checkpointing=true, engine=zero3 or zero3_offload, or shorter clips"
+            if less:
+                mend = f"go on with resume=true micro_tokens={less}"
             raise RunError(f"rank {self.rank} ran out of memory in step {step + 1} (micro_tokens={tokens or 'null'}): "
                            f"{mend}") from error  # fmt: skip
 
