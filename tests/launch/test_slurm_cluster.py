@@ -179,6 +179,9 @@ TINY = ["questions=4", "generations=4", "micro_tokens=400", "eval.batch=16", "da
         "tracking=none", "eval.every=100"]  # fmt: skip
 
 
+STEPS = 40  # SLURM takes seconds to pre-empt: as many steps are left after the second
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder of jobs of the real trainer; the tiny model is made once, by whoever comes first."""
@@ -246,8 +249,8 @@ def reading(path) -> str:
 
 @pytest.fixture(scope="module")
 def calm(cluster, home):
-    """Weights at the end of an undisturbed run of six steps."""
-    job = submit(cluster, home, *TINY, "steps=6", "checkpoint.every=1", "name=undisturbed")
+    """Weights at the end of an undisturbed run."""
+    job = submit(cluster, home, *TINY, f"steps={STEPS}", "checkpoint.every=1", "name=undisturbed")
     assert cluster.ended(job, 400)["JobState"] == "COMPLETED", output(home)
     return weights(home / "outputs" / "undisturbed")
 
@@ -255,7 +258,9 @@ def calm(cluster, home):
 @pytest.mark.parametrize("how", ["signal", "requeue", "preempted", "lost"])
 def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(cluster, home, calm, how):
     run = home / "outputs" / how
-    job = submit(cluster, home, *TINY, "steps=6", "checkpoint.every=1", f"name={how}", nodes=1, sbatch="[--exclusive]")
+    job = submit(
+        cluster, home, *TINY, f"steps={STEPS}", "checkpoint.every=1", f"name={how}", nodes=1, sbatch="[--exclusive]"
+    )
     cluster.until(lambda: (run / "checkpoints" / "step-000002").exists(), 300, f"second step of {how}")
     if how == "signal":  # as before a time limit, which SLURM counts in minutes
         cluster.run("scancel", "--batch", "--signal=USR1", job)
@@ -272,7 +277,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(cluster,
         cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", ok=False)
     end = cluster.ended(job, 400)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), output(home)
-    assert weights(run) == calm and steps_of(run) == list(range(7))
+    assert weights(run) == calm and steps_of(run) == list(range(STEPS + 1))
 
 
 def sweep(cluster, home, tmp_path, *words):
@@ -315,7 +320,7 @@ def test_a_job_of_a_sweep_that_runs_out_of_memory_goes_on_with_less(cluster, hom
 
 def test_jobs_of_a_sweep_that_are_told_to_stop_go_on(cluster, home, calm, tmp_path):
     """USR2, by which submitit announces the time limit, and TERM, by which SLURM announces a pre-emption."""
-    process = sweep(cluster, home, tmp_path, "name=two", "steps=6", "checkpoint.every=1", "loss=grpo,dapo")
+    process = sweep(cluster, home, tmp_path, "name=two", f"steps={STEPS}", "checkpoint.every=1", "loss=grpo,dapo")
     folder = home / "multirun" / "two"
     begun = [folder / f"loss={loss}" / "checkpoints" / "last.json" for loss in ("grpo", "dapo")]
     told: dict[int, str] = {}
@@ -334,4 +339,4 @@ def test_jobs_of_a_sweep_that_are_told_to_stop_go_on(cluster, home, calm, tmp_pa
     assert process.returncode == 0, said_by(process, folder)
     assert {cluster.job(f"{array}_{i}")["Restarts"] for i in (0, 1)} == {"1"}, said_by(process, folder)
     assert weights(folder / "loss=grpo") == calm
-    assert steps_of(folder / "loss=grpo") == steps_of(folder / "loss=dapo") == list(range(7))
+    assert steps_of(folder / "loss=grpo") == steps_of(folder / "loss=dapo") == list(range(STEPS + 1))
