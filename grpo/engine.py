@@ -220,9 +220,11 @@ class Engine:
         if self.world == 1:
             return dict(values)
         WATCH.moved()
-        packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.deepspeed.device)
+        keys = sorted(values)  # in one order on all ranks
+        packed = torch.tensor([values[k] for k in keys], dtype=torch.float64, device=self.deepspeed.device)
         dist.all_reduce(packed, op=getattr(dist.ReduceOp, how.upper()))
-        return dict(zip(values, packed.tolist(), strict=True))
+        reduced = dict(zip(keys, packed.tolist(), strict=True))
+        return {k: reduced[k] for k in values}
 
     def gather(self, items: list) -> list:
         """The ranks' lists joined in rank order, on every rank."""
@@ -329,7 +331,8 @@ class Engine:
 
         for name, p in self.trainable.items():
             keep(f"{name}/master", safe_get_full_fp32_param(p) if self._parts else p)
-            for key, value in self.optimizer.state[self._parts[0] if self._parts else p].items():
+            held = self.optimizer.state[self._parts[0] if self._parts else p]
+            for key, value in sorted(held.items()):  # in one order on all ranks: together they make a whole one
                 keep(f"{name}/{key}", safe_get_full_optimizer_state(p, key) if self._parts and value.dim() else value)
             if self.refreshed:
                 keep(f"{name}/reference", self._whole(p, self.anchor[name]))
@@ -343,8 +346,8 @@ class Engine:
         first = next(iter(self.trainable))
         if odd := sorted(self.trainable.keys() ^ {k.rpartition("/")[0] for k in tensors}):
             raise ValueError(f"the trainer state does not fit the model: {len(odd)} weights differ, first {odd[0]!r}")
-        keys = {k.rpartition("/")[2] for k in tensors if k.startswith(f"{first}/")} - {"master", "reference"}
-        counts = {k for k in keys if not tensors[f"{first}/{k}"].dim()}  # such as the steps taken: one value for all
+        keys = sorted({k.rpartition("/")[2] for k in tensors if k.startswith(f"{first}/")} - {"master", "reference"})
+        counts = [k for k in keys if not tensors[f"{first}/{k}"].dim()]  # such as the steps taken: one value for all
         for part in self._parts or self.trainable.values():  # torch makes the state at the first step only
             self.optimizer.state[part] = {
                 k: tensors[f"{first}/{k}"].clone() if k in counts else torch.zeros_like(part) for k in keys
@@ -353,7 +356,7 @@ class Engine:
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
         for name, p in self.trainable.items():
             self._put(p, "master", tensors[f"{name}/master"])
-            for key in keys - counts:
+            for key in (k for k in keys if k not in counts):
                 self._put(p, key, tensors[f"{name}/{key}"])
             self._part(p).data.copy_(self._cut(p, tensors[f"{name}/master"]))
         self.refreshed = f"{first}/reference" in tensors

@@ -38,7 +38,9 @@ if dist.get_rank() == 0:
     there = torch.cuda.is_available()
     print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "there": there,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if there else None,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}))
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}), flush=True)
+dist.barrier()
+dist.destroy_process_group()  # a gloo thread alive at exit may abort its process
 """
 
 

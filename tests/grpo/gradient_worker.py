@@ -155,7 +155,10 @@ def gradients(checkpoint, *, stage, micro, aggregated="sequence_mean", sgd=None,
 
 
 def resumed(checkpoint, *, stage, micro, **how):
-    """Weights and trainer state after three steps: without a break, and with one after the second."""
+    """Weights and trainer state after three steps: without a break, and with one after the second.
+
+    The ranks hold what the optimizer keeps in different orders, as a state_dict from anywhere may leave it.
+    """
 
     def step(engine):
         backward(engine, SOUND, micro=micro)
@@ -173,6 +176,9 @@ def resumed(checkpoint, *, stage, micro, **how):
     found = now(engine, "straight")
     engine = build(checkpoint, stage=stage, **how)
     engine.load_state(state[0])
+    if engine.rank:
+        for part, held in list(engine.optimizer.state.items()):
+            engine.optimizer.state[part] = dict(reversed(held.items()))
     step(engine)
     return found | now(engine, "resumed") | buffers
 

@@ -1,7 +1,6 @@
 """Fine-tuning by example: what is taught, that its loss is the whole step's mean, resuming, and where GRPO goes on."""
 
 import json
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -50,17 +49,6 @@ def test_rows_without_a_target_are_counted_and_too_many_refused(policy):
     special = [make_question(f"q{i}", **TEXTS | {"thinking": "<|im_start|>"}) for i in range(4)]
     with pytest.raises(ConfigError, match="holds a special token"):
         Taught(special, policy, max_tokens=200, max_bad_fraction=0.4, **SPEC)
-
-
-@pytest.fixture(scope="module")
-def process():
-    """The process group that a run makes is taken down again, with its traces in the environment."""
-    before = dict(os.environ)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

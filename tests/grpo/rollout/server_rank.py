@@ -46,3 +46,4 @@ dist.barrier()
 print(json.dumps({"rank": rank, "answers": answers, "restarts": engine.restarts}), flush=True)
 engine.close()
 dist.barrier()
+dist.destroy_process_group()  # a gloo thread alive at exit may abort its process
