@@ -20,6 +20,9 @@ class DataError(ValueError):
 class Dataset:
     """Two lists of questions, `train` and `eval`, and `clip(question)`.
 
+    A row that is wrong is left out. A question whose clip cannot be read stays, and is noted in `unreadable` (id to
+    reason): the order of the others does not hang on what could be read on that day, on that machine.
+
     Args:
         train, eval: iterables of Question, such as `data.manifest.read(...)`; a list from your own function will do.
         audio: "real", or "silent" to replace every clip by zeros of its length (does the model listen at all?).
@@ -43,6 +46,7 @@ class Dataset:
         self.shuffle_options = shuffle_options
         self.limits = {"min_seconds": min_seconds, "max_seconds": max_seconds}
         self.problems: list[Problem] = []
+        self.unreadable: dict[str, str] = {}
         self.train = self._accept("train", train, progress)
         self.eval = self._accept("eval", eval, progress)
         self._check_held_out()
@@ -53,6 +57,11 @@ class Dataset:
         if self.audio == "silent":
             clip = Clip(np.zeros_like(clip.samples), clip.hz)
         return clip
+
+    @property
+    def readable(self) -> list[Question]:
+        """The training questions without those whose clip is known to be unreadable."""
+        return [q for q in self.train if q.id not in self.unreadable]
 
     @property
     def fingerprint(self) -> str:
@@ -69,6 +78,7 @@ class Dataset:
         total = len(questions) + len(problems)
         file, lines = str(getattr(source, "path", f"data.{split}")), getattr(source, "lines", {})
         good: dict[str, Question] = {}
+        unreadable: dict[str, str] = {}
         for i, question in enumerate(questions):
             line = lines.get(question.id, i + 1)
             try:
@@ -78,18 +88,19 @@ class Dataset:
                 if question.answer is None:
                     problems.append(Problem(file, line, question.id, "no_answer", "its answer is withheld"))
                     continue
+                good[question.id] = question
                 if self.verify == "decode":
                     self.clip(question)
                 elif self.verify == "header":
                     check_header(question.audio, **_where(question), hz=self.hz, **self.limits)
-                good[question.id] = question
             except ClipError as error:
+                unreadable[question.id] = error.reason
                 problems.append(Problem(file, line, question.id, error.reason, str(error)))
             if progress:
                 progress(i + 1, len(questions))
         if total == 0:
             raise DataError(f"data.{split} ({file}) has no questions")
-        if not good or len(problems) > self.max_bad_fraction * total:
+        if len(good) == len(unreadable) or len(problems) > self.max_bad_fraction * total:
             see = f"See all with `python -m data.check {file}`. " if hasattr(source, "path") else ""
             shown = "\n".join(f"  {p.file}:{p.line} {p.id or '-'} {p.reason}: {p.message}" for p in problems[:10])
             raise DataError(
@@ -98,6 +109,7 @@ class Dataset:
                 f"{see}Mend them, or raise data.max_bad_fraction"
             )
         self.problems += problems
+        self.unreadable |= unreadable
         return list(good.values())
 
     def _check_held_out(self) -> None:

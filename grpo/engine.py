@@ -348,11 +348,12 @@ class Engine:
             raise ValueError(f"the trainer state does not fit the model: {len(odd)} weights differ, first {odd[0]!r}")
         keys = sorted({k.rpartition("/")[2] for k in tensors if k.startswith(f"{first}/")} - {"master", "reference"})
         counts = [k for k in keys if not tensors[f"{first}/{k}"].dim()]  # such as the steps taken: one value for all
-        for part in self._parts or self.trainable.values():  # torch makes the state at the first step only
+        # torch makes the state at the first step only: of a run that has not had one, there is none
+        for part in (self._parts or self.trainable.values()) if keys else ():
             self.optimizer.state[part] = {
                 k: tensors[f"{first}/{k}"].clone() if k in counts else torch.zeros_like(part) for k in keys
             }
-        if self._parts and self.stage < 3:
+        if keys and self._parts and self.stage < 3:  # DeepSpeed does it once only
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
         for name, p in self.trainable.items():
             self._put(p, "master", tensors[f"{name}/master"])

@@ -53,6 +53,8 @@ class Multirun(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
         # Callbacks.on_* turn exceptions into warnings, so a mistake has to leave by sys.exit.
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each rank would be a sweep
+            sys.exit("error: a multirun (-m) starts its jobs itself: do not start it under torchrun (NPROC)")
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         plain = {o.key_or_group: o.value() for o in given if not o.is_sweep_override()}
         asked = [line.partition("=")[0].lstrip("+") for line in config.hydra.overrides.hydra]
@@ -145,8 +147,6 @@ class LocalLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("hydra/launcher=local starts processes itself: do not start it under torchrun (NPROC)")
         setup_globals()
         returns: dict[int, JobReturn] = {}
         running: dict[int, tuple] = {}

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniRotaryEmbedding
 from transformers.utils import logging as transformers_logging
 
+from data.question import Clip
 from grpo.attention import Prefix, block_mask
 from grpo.audio_cache import AudioCache
 from grpo.batch import Encoded, Group
@@ -182,6 +184,11 @@ class Policy(nn.Module):
         ids = self.tokenizer(text.replace(audio, audio * int(tokens)), return_tensors="pt")["input_ids"][0]
         return Encoded(question.id, ids, features["input_features"][0, :, :frames], clip.sha256, clip.samples)
 
+    def encode_silence(self, question) -> Encoded:
+        """The question with a second of silence, where its clip cannot be read."""
+        hz = self.processor.feature_extractor.sampling_rate
+        return self.encode(question, Clip(np.zeros(hz, np.float32), hz))
+
     # ---------------------------------------------------------------- audio
 
     @torch.no_grad()
@@ -195,18 +202,26 @@ class Policy(nn.Module):
             heard = iter(self.encode_audio([p for p in prompts if p.mel is not None]))
             return [none if p.mel is None else next(heard) for p in prompts]
         if self.tower_trained:  # what was kept is of other weights
-            return [self._hear(p) for p in prompts]
+            return self._hear_all(prompts)
         if self.audio_cache.folder and self.audio_cache.home is None:
             self.audio_cache.of(self._tower_fingerprint())
         kept = {p.clip_sha256: self.audio_cache.get(p.clip_sha256) for p in prompts}
         missing = [p for p in {p.clip_sha256: p for p in prompts}.values() if kept[p.clip_sha256] is None]
-        others = self._most(len(missing)) - len(missing)  # before the first: who misses nothing must not run ahead
-        for p in missing:
-            kept[p.clip_sha256] = self._hear(p)
-            self.audio_cache.put(p.clip_sha256, kept[p.clip_sha256])
-        for _ in range(others):
-            self._hear(prompts[0])
+        for p, heard in zip(missing, self._hear_all(missing, prompts), strict=True):
+            kept[p.clip_sha256] = heard
+            self.audio_cache.put(p.clip_sha256, heard)
         return [kept[p.clip_sha256].to(self.device) for p in prompts]
+
+    def _hear_all(self, prompts: Sequence[Encoded], batch: Sequence[Encoded] = ()) -> list[Tensor]:
+        """What is heard of each prompt. All ranks must call: where a pass needs them all, each makes as many as the one
+        that makes most, the first of `batch` (default: of the prompts) filling in."""
+        others = self._most(len(prompts)) - len(prompts)  # before the first: who has none must not run ahead
+        heard = [self._hear(p) for p in prompts]
+        for _ in range(others):
+            idle = self._hear((batch or prompts)[0])
+            if idle.requires_grad:  # its backward pass needs all ranks, too: by a sum to which it adds nothing
+                heard[0] = heard[0] + 0 * idle.sum()
+        return heard
 
     def _hear(self, prompt: Encoded) -> Tensor:
         mel = prompt.mel[None].to(self.device)
@@ -280,7 +295,7 @@ class Policy(nn.Module):
         """
         packed, embeds = batch.packed, batch.embeds
         if embeds is None:
-            audio = [self._hear(p) for p in batch.prompts] if self.tower_trained else batch.audio
+            audio = self._hear_all(batch.prompts) if self.tower_trained else batch.audio
             embeds = self.embed(packed.ids_RL, audio)
         hidden = self.thinker.model(
             inputs_embeds=embeds,

@@ -71,8 +71,11 @@ def read(question: Question, text: str, *, truncated: bool = False, **facts) -> 
 
 
 def predict(questions: Sequence[Question], encode: Callable, rollout: Rollout, *, sampling: Sampling,
-            batch: int = 64) -> Iterator[Answer]:  # fmt: skip
+            batch: int = 64, stand_in: Callable | None = None) -> Iterator[Answer]:  # fmt: skip
     """One Answer a question, in order; `batch` are asked at once. `encode(question)` may raise ClipError.
+
+    `stand_in(question)` is asked in place of one that cannot be heard, and its answer dropped: as many are asked as
+    there are questions, whatever their clips.
 
     Raises RolloutError where the engine cannot answer.
     """
@@ -85,6 +88,8 @@ def predict(questions: Sequence[Question], encode: Callable, rollout: Rollout, *
                 encoded[at] = encode(question)
             except ClipError as error:
                 problems[at] = f"{error.reason}: {error}"
+                if stand_in is not None:
+                    encoded[at] = stand_in(question)
         groups = rollout.generate(list(encoded.values()), 1, sampling) if encoded else []
         by_place = dict(zip(encoded, groups, strict=True))
         for at, question in enumerate(part):
@@ -97,9 +102,10 @@ def predict(questions: Sequence[Question], encode: Callable, rollout: Rollout, *
 
 
 def heldout_accuracy(questions: Sequence[Question], encode: Callable, rollout: Rollout, engine, *, max_tokens: int,
-                     batch: int = 64, waiting: Callable = nullcontext) -> float:  # fmt: skip
+                     stand_in: Callable, batch: int = 64, waiting: Callable = nullcontext) -> float:  # fmt: skip
     """Share of `questions` answered rightly, greedily; ranks share the work. Every question stays in the denominator.
 
+    `stand_in`: see `predict`.
     `waiting` makes the context in which this rank alone waits for its answers.
     Raises RolloutError on all ranks if one of them got no answers.
     """
@@ -110,7 +116,8 @@ def heldout_accuracy(questions: Sequence[Question], encode: Callable, rollout: R
         filler = [questions[0]] * (-(-len(questions) // engine.world) - len(mine))
         sampling = Sampling(max_tokens=max_tokens, greedy=True)
         with waiting():
-            answers = list(predict([*mine, *filler], encode, rollout, sampling=sampling, batch=batch))
+            answers = list(predict([*mine, *filler], encode, rollout, sampling=sampling, batch=batch,
+                                   stand_in=stand_in))  # fmt: skip
         return float(sum(a.right for a in answers[: len(mine)]))
 
     right = engine.together(count, RolloutError)

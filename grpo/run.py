@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import platform
 import random
@@ -122,7 +123,7 @@ class Run:
         if s.dynamic_sampling_rounds * s.questions > len(self.dataset.train):
             raise ConfigError(f"dynamic_sampling.rounds={s.dynamic_sampling_rounds} x questions={s.questions}, but "
                               f"there are only {len(self.dataset.train)} training questions")  # fmt: skip
-        self.quarantined: dict[str, str] = {p.id: p.reason for p in self.dataset.problems if p.id}
+        self.quarantined = agreed_unreadable(self.dataset, self.world)
         self.heldout = spread(self.dataset.eval, s.eval_questions)
         self.benchmarks = benchmarks(cfg.get("bench"))
 
@@ -182,7 +183,7 @@ class Run:
         """Greedy accuracy on the held-out questions, and on the benchmarks of `bench` where there are any."""
         score = partial(heldout_accuracy, rollout=self.rollout, engine=self.engine,
                         max_tokens=self.settings.max_tokens, batch=self.settings.eval_batch,
-                        waiting=self.waiting)  # fmt: skip
+                        stand_in=self.policy.encode_silence, waiting=self.waiting)  # fmt: skip
         with self.clock("evaluate"):
             scores = {"accuracy/heldout": score(self.heldout, self.encode)}
             for bench in self.benchmarks:
@@ -218,7 +219,7 @@ class Run:
             f"{self.cfg.model.dtype}, ZeRO-{self.engine.stage}, {self.world} rank(s)\n"
             f"rollout   {_module(self.rollout)}, weights by {_module(self.sync)}, lag {s.rollout_lag}\n"
             f"data      {len(self.dataset.train)} training and {len(self.dataset.eval)} held-out questions, "
-            f"{len(self.dataset.problems)} left out, audio: {self.cfg.data.audio}, "
+            f"{left_out(self.dataset)}, audio: {self.cfg.data.audio}, "
             f"fingerprint {self.dataset.fingerprint}"
         )
 
@@ -438,8 +439,9 @@ class Run:
         if odd := differing(saved, mine):
             raise ConfigError(f"resume=true, but {', '.join(odd)} differ from {self.folder}/config.yaml: "
                               f"give the same overrides as before, or start a new run")  # fmt: skip
+        same_questions(self.dataset, self.folder)
         self.tokens, self.version = state.pop("tokens"), state.pop("version")
-        self.quarantined = state.pop("quarantined")
+        self.quarantined |= state.pop("quarantined")
         self.before = {name: state.pop(name, 0.0) for name in self.before}
         if (entropy := state.pop("entropy")) is not None:
             self.objective.entropy.load_state(entropy)
@@ -505,6 +507,37 @@ def prepare_model(cfg: DictConfig, dataset, prompt, rank: int, world: int, displ
         torch.distributed.barrier()
         path = prepared(Path(cfg.cache), tiny, dataset, prompt, report=report)
     return str(path)
+
+
+def agreed_unreadable(dataset, world: int) -> dict[str, str]:
+    """The training questions (id to reason) whose clip some rank could not read, left out on all: a node may lack one.
+
+    Raises ConfigError, on all ranks, where one of them has read other rows.
+    """
+    parts = [(dataset.fingerprint, dataset.unreadable)]
+    if world > 1:
+        parts *= world
+        torch.distributed.all_gather_object(parts, parts[0])
+    for rank, (fingerprint, _) in enumerate(parts):
+        if fingerprint != parts[0][0]:
+            raise ConfigError(f"rank {rank} has read other questions than rank 0 (fingerprints {fingerprint} and "
+                              f"{parts[0][0]}): the files that data names are not the same on all nodes")  # fmt: skip
+    bad = {name: reason for _, unreadable in parts for name, reason in unreadable.items()}
+    return {q.id: bad[q.id] for q in dataset.train if q.id in bad}
+
+
+def same_questions(dataset, folder: Path) -> None:
+    """Raises ConfigError where the run in `folder`, which is to be resumed, began with other questions."""
+    before = json.loads((folder / "provenance.json").read_text())["data_fingerprint"]
+    if dataset.fingerprint != before:
+        raise ConfigError(f"resume=true, but the data have changed since {folder} began (fingerprint {before}, now "
+                          f"{dataset.fingerprint}): bring the same rows back, or start a new run")  # fmt: skip
+
+
+def left_out(dataset) -> str:
+    """What of the data is not used, in words."""
+    clips = len(dataset.unreadable)
+    return f"{len(dataset.problems) - clips} rows left out, {clips} clips unreadable"
 
 
 def facts(dataset, policy) -> dict:

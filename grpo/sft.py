@@ -93,7 +93,7 @@ class Fine:
         from grpo.policy import Policy
         from grpo.predict import spread
         from grpo.rollout.hf import HFRollout
-        from grpo.run import build_audio_cache, lora_of, prepare_model
+        from grpo.run import agreed_unreadable, build_audio_cache, lora_of, prepare_model
 
         for key, hint in TYPES.items():
             check_type(key, cfg[key], hint)
@@ -108,6 +108,7 @@ class Fine:
         torch.manual_seed(cfg.seed)
         self.schedule = build(cfg.optim.schedule, "optim.schedule")
         self.dataset = build(cfg.data, "data")
+        self.quarantined = agreed_unreadable(self.dataset, self.world)
         prompt = build(cfg.prompt, "prompt")
         path = prepare_model(cfg, self.dataset, prompt, self.rank, self.world, display)
         zero = zero_config(**cfg.engine, clip=cfg.optim.clip, dtype=cfg.model.dtype, world=self.world)
@@ -128,7 +129,6 @@ class Fine:
         self.steps = cfg.steps or max(1, round(cfg.epochs * len(self.taught.questions) / cfg.questions))
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.cfg.checkpoint.keep)
         self.encode = Loader(self._encode, keep=cfg.encoded, workers=cfg.workers)
-        self.quarantined: dict[str, str] = {}
         self.tokens = 0
 
     def _encode(self, question: Question):
@@ -199,8 +199,9 @@ class Fine:
             for name, reason, message in failed:
                 self.quarantined[name] = reason
                 self.display.say(f"quarantined {name} ({reason}): {message}")
-            if len(self.quarantined) > self.max_bad * len(self.taught.questions):
-                raise RunError(f"{len(self.quarantined)} of {len(self.taught.questions)} training clips could not be "
+            bad = len(self.quarantined.keys() & {q.id for q in self.taught.questions})
+            if bad > self.max_bad * len(self.taught.questions):
+                raise RunError(f"{bad} of {len(self.taught.questions)} training clips could not be "
                                f"read, more than data.max_bad_fraction allows; look at them with `python -m "
                                f"data.check`")  # fmt: skip
 
@@ -208,7 +209,7 @@ class Fine:
         from grpo.predict import heldout_accuracy
 
         return heldout_accuracy(self.heldout, self.encode, self.rollout, self.engine, max_tokens=self.cfg.max_tokens,
-                                batch=self.cfg.eval.batch)  # fmt: skip
+                                batch=self.cfg.eval.batch, stand_in=self.policy.encode_silence)  # fmt: skip
 
     def train(self) -> dict | None:
         """To the end (or `stop_at`); returns the summary, None when a signal ended it before."""
@@ -291,6 +292,7 @@ class Fine:
 
     def _restore(self) -> dict | None:
         from grpo.config import ConfigError, differing
+        from grpo.run import same_questions
 
         state = self.checkpoints.load(self.engine, self.display.say)
         if state is None:
@@ -300,7 +302,9 @@ class Fine:
         if odd := differing(saved, mine, FREE_ON_RESUME):
             raise ConfigError(f"resume=true, but {', '.join(odd)} differ from {self.folder}/config.yaml: give "
                               f"the same overrides as before, or start a new run")  # fmt: skip
-        self.tokens, self.quarantined = state.pop("tokens"), state.pop("quarantined")
+        same_questions(self.dataset, self.folder)
+        self.tokens = state.pop("tokens")
+        self.quarantined |= state.pop("quarantined")
         self.display.say(f"resumed {self.folder} after step {state['step']}")
         return state
 

@@ -29,6 +29,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from data.audio import ClipError
 from grpo import warmstart
 from grpo.config import ConfigError
 
@@ -240,7 +241,10 @@ def prepared(cache: Path, spec: dict, dataset, prompt, *, report: Callable[[int,
 
     def encode(question):
         if question.id not in encoded:
-            encoded[question.id] = policy.encode(question, dataset.clip(question))
+            try:
+                encoded[question.id] = policy.encode(question, dataset.clip(question))
+            except ClipError:  # its answers are drawn at random: what is heard is no matter here
+                encoded[question.id] = policy.encode_silence(question)
         return encoded[question.id]
 
     with torch.random.fork_rng(devices=[]):

@@ -88,16 +88,3 @@ def policy(checkpoint):
 
 def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@pytest.fixture(scope="module")
-def process():
-    """The process group that a run makes in this process is taken down again, with its traces in the environment."""
-    import torch
-
-    before = dict(os.environ)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)

@@ -72,7 +72,7 @@ def test_what_trains_nothing_is_refused(checkpoint):
         Policy(checkpoint, None, full="nothing", prompt=make_prompt())
 
 
-def test_without_adapter_and_copy_there_is_no_reference(checkpoint, process):
+def test_without_adapter_and_copy_there_is_no_reference(checkpoint):
     start_distributed()
     policy = Policy(checkpoint, None, full=r"lm_head\..*", prompt=make_prompt())
     engine = Engine(policy, torch.optim.SGD, zero_config(stage=0, clip=0, dtype="float32", world=1))

@@ -8,10 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 
+from data.manifest import write as write_manifest
+from data.sampler import Sampler
+from data.synthetic import questions
 from grpo.replay import main as replay
 from tests.forked import forked
 from tests.grpo.test_engine import free_port
@@ -249,6 +254,37 @@ def test_zero3_on_two_ranks_resumes_bit_for_bit(work):
     assert lines(work, "z3-resumed", "samples.jsonl") == lines(work, "ranks-zero3", "samples.jsonl")
     ends = [work / "outputs" / n / "checkpoints/step-000003/trainer.safetensors" for n in ("z3-resumed", "ranks-zero3")]
     assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def test_clips_that_cannot_be_read_stop_no_rank_and_move_no_question(work):
+    """One to train on turns out silent when its turn comes, and is gone at a resume; so does every held-out clip of
+    rank 1, while rank 0 hears its own."""
+    made = {}
+    for split, count in (("train", 24), ("eval", 8)):
+        made[split] = rows = questions(work / "clips", split=split, count=count).questions
+        write_manifest(work / f"{split}.jsonl", rows, work)
+    late = Sampler(made["train"], 4, 0).batch(2)[0]
+    for question in [late, *made["eval"][1::2]]:
+        soundfile.write(question.audio, np.zeros_like(soundfile.read(question.audio)[0]), 16000)
+    common = [
+        "data=manifest",
+        f"data.train.path={work}/train.jsonl",
+        f"data.eval.path={work}/eval.jsonl",
+        "steps=3",
+        "data.verify=header",
+        "data.max_bad_fraction=0.1",
+        "engine=zero3",
+        "eval.batch=2",
+        "rollout.batch=3",
+    ]
+    base = [word for word in SMALL if not word.startswith(("data.", "steps", "eval.batch"))]
+    train(work, *common, "name=silent", ranks=2, base=base)
+    assert [row["quarantined"] for row in lines(work, "silent") if "quarantined" in row] == [0, 0, 1]
+    train(work, *common, "name=gone", "stop_at=2", ranks=2, base=base)
+    late.audio.unlink()
+    train(work, *common, "name=gone", "resume=true", ranks=2, base=base)
+    assert timeless(lines(work, "gone")) == timeless(lines(work, "silent"))
+    assert lines(work, "gone", "samples.jsonl") == lines(work, "silent", "samples.jsonl")
 
 
 MOVES = [(("zero0", 1), ("zero3", 2)), (("zero3", 2), ("zero2", 1))]

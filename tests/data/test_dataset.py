@@ -10,6 +10,7 @@ from data.audio import ClipError
 from data.dataset import DataError, Dataset
 from data.manifest import Manifest, Problem
 from data.question import Question
+from data.sampler import Sampler
 
 
 def questions(folder, split, n, bad=()):
@@ -40,10 +41,23 @@ def test_verify(tmp_path, splits, verify, left_out):
     train = questions(tmp_path, "train", 10, bad={3})  # silent: only decoding tells
     train[7].audio.write_bytes(b"")  # a header check tells
     dataset = Dataset(train, splits[1], verify=verify, max_bad_fraction=0.2)
-    assert (len(dataset.problems), len(dataset.train)) == (left_out, 10 - left_out)
+    assert (len(dataset.problems), len(dataset.unreadable)) == (left_out, left_out)
+    assert dataset.train == train and len(dataset.readable) == 10 - left_out
     assert {p.reason for p in dataset.problems} <= {"silent", "empty"}
     with pytest.raises(ClipError):  # what was not looked for is found when the clip's turn comes
         dataset.clip(train[3])
+
+
+def test_what_could_be_read_that_day_moves_no_other_question(tmp_path, splits):
+    train, held_out = splits
+    whole = Dataset(train, held_out)
+    train[4].audio.unlink(), held_out[1].audio.unlink()
+    later = Dataset(train, held_out, max_bad_fraction=0.2)
+    assert later.unreadable == {"train4": "missing", "eval1": "missing"}
+    assert (later.train, later.eval, later.fingerprint) == (whole.train, whole.eval, whole.fingerprint)
+    for step in range(7):
+        before, now = (Sampler(d.train, 2, 0).batch(step, set(later.unreadable)) for d in (whole, later))
+        assert before == now and train[4] not in now
 
 
 def test_too_many_bad_clips_are_listed_with_what_to_do(tmp_path, splits):

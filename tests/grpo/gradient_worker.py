@@ -22,6 +22,7 @@ from tests.conftest import LORA, make_clip, make_prompt, make_question
 
 QUESTIONS, COPIES = 4, 3
 FULL = r"model\..*|lm_head\..*"
+TOWER = r"(audio_tower|model)\.layers\.\d+\.self_attn\.(q|v)_proj"
 
 
 def fixed_groups(policy):
@@ -69,9 +70,10 @@ def nbytes(tensors):
 
 
 def build(checkpoint, *, stage, pad="right", layout="shared", checkpointing=False, clip=1e9, sgd=None, full=False,
-          offload=False, dtype="float32"):  # fmt: skip
+          offload=False, dtype="float32", tower=False):  # fmt: skip
     zero = zero_config(stage=stage, clip=clip, dtype=dtype, world=torch.distributed.get_world_size(), offload=offload)
-    policy = Policy(checkpoint, None if full else LORA, full=FULL, prompt=make_prompt(), forward=layout, dtype=dtype,
+    lora = LORA | {"targets": TOWER, "audio_tower": True} if tower else LORA
+    policy = Policy(checkpoint, None if full else lora, full=FULL, prompt=make_prompt(), forward=layout, dtype=dtype,
                     gradient_checkpointing=checkpointing, zero3=zero if stage == 3 else None)  # fmt: skip
     policy.pad = pad
     generator = torch.Generator().manual_seed(1)
@@ -87,10 +89,10 @@ def build(checkpoint, *, stage, pad="right", layout="shared", checkpointing=Fals
     return engine
 
 
-def backward(engine, advantage, *, micro, aggregated="sequence_mean", extra=0.0):
-    """Loss, and the largest gap between reference and policy."""
-    share = QUESTIONS // engine.world
-    mine = range(engine.rank * share, (engine.rank + 1) * share)
+def backward(engine, advantage, *, micro, aggregated="sequence_mean", extra=0.0, cuts=None):
+    """Loss, and the largest gap between reference and policy. `cuts`: where each rank's questions begin."""
+    cuts = cuts or [r * QUESTIONS // engine.world for r in range(engine.world + 1)]
+    mine = range(cuts[engine.rank], cuts[engine.rank + 1])
     objective = Objective(
         beta=0.04, ratio=ratio.token, surrogate=partial(surrogate.clipped, clip_low=0.2, clip_high=0.2), kl=kl.k3,
         aggregate=partial(getattr(aggregate, aggregated), **({"length": 12} if aggregated == "constant" else {})),
@@ -99,7 +101,7 @@ def backward(engine, advantage, *, micro, aggregated="sequence_mean", extra=0.0)
     everything = fixed_groups(engine.policy)
     n_tokens = float(loss_mask(everything, True).sum())
     total = gap = 0.0
-    for i in range(0, share, micro):
+    for i in range(0, len(mine), micro):
         groups = [everything[b] for b in mine[i : i + micro]]
         batch = engine.policy.prepare(groups)
         with torch.no_grad(), engine.reference():
@@ -109,7 +111,7 @@ def backward(engine, advantage, *, micro, aggregated="sequence_mean", extra=0.0)
         first = mine[i] * COPIES
         out = objective(LossInputs(logp, old, old, ref, entropy, advantage[first : first + len(old)],
                                    loss_mask(groups, True), n_tokens, float(QUESTIONS * COPIES)))  # fmt: skip
-        engine.backward(out.loss + extra, last=i + micro == share)
+        engine.backward(out.loss + extra, last=i + micro >= len(mine))
         total += out.loss.item()
         gap = max(gap, (ref - logp).abs().max().item())
     return total, gap
@@ -123,11 +125,11 @@ def whole_weights(engine, prefix):
 SOUND = torch.linspace(-1.5, 2.0, QUESTIONS * COPIES)
 
 
-def gradients(checkpoint, *, stage, micro, aggregated="sequence_mean", sgd=None, poisoned=False, **how):
+def gradients(checkpoint, *, stage, micro, aggregated="sequence_mean", sgd=None, poisoned=False, cuts=None, **how):
     engine = build(checkpoint, stage=stage, sgd=sgd, **how)
     advantage = SOUND * (float("nan") if poisoned is True else 1.0)
     # "loss": it is infinite, and its gradient is not
-    total, gap = backward(engine, advantage, micro=micro, aggregated=aggregated,
+    total, gap = backward(engine, advantage, micro=micro, aggregated=aggregated, cuts=cuts,
                           extra=float("inf") if poisoned == "loss" else 0.0)  # fmt: skip
     grads = engine.gradients()
     held = {k: nbytes(v) for k, v in census(engine).items() if k != "optimizer"}
@@ -154,8 +156,8 @@ def gradients(checkpoint, *, stage, micro, aggregated="sequence_mean", sgd=None,
     }
 
 
-def resumed(checkpoint, *, stage, micro, **how):
-    """Weights and trainer state after three steps: without a break, and with one after the second.
+def resumed(checkpoint, *, stage, micro, taken=2, **how):
+    """Weights and trainer state one step after a break: without it, and with it after `taken` steps.
 
     The ranks hold what the optimizer keeps in different orders, as a state_dict from anywhere may leave it.
     """
@@ -168,7 +170,8 @@ def resumed(checkpoint, *, stage, micro, **how):
         return whole_weights(engine, prefix) | {f"{prefix}/{k}": v for k, v in engine.state().items()}
 
     engine = build(checkpoint, stage=stage, **how)
-    step(engine), step(engine)
+    for _ in range(taken):
+        step(engine)
     buffers = {f"buffer/{n}": b.clone() for n, b in engine.policy.named_buffers()}
     state = [{k: v.clone() for k, v in engine.state().items()}]
     torch.distributed.broadcast_object_list(state)

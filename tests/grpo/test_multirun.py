@@ -108,6 +108,10 @@ def test_a_killed_job_is_one_failed_job(work):
 @pytest.mark.slow
 def test_mistakes_of_a_multirun_start_nothing(work):
     words = ["hydra/launcher=local", "hydra.launcher.jobs=2", "name=x", "seed=0,1"]
+    for rank in ("0", "1"):
+        ranks = sweep(work, *words[2:], RANK=rank, WORLD_SIZE="2")
+        assert ranks.returncode == 1 and "do not start it under torchrun" in ranks.stderr
+        assert not (work / "ran.txt").exists() and not (work / "multirun").exists()
     assert sweep(work, *words).returncode == 0 and ran(work) == ["a0", "a1"]
     taken = sweep(work, *words)
     assert taken.returncode == 1 and "already holds a multirun" in taken.stderr
@@ -179,11 +183,8 @@ def test_the_last_line_of_an_output(tmp_path):
     assert _last_line(tmp_path / "o") == "error: y" and _last_line(tmp_path / "none") == "no output"
 
 
-def test_launcher_settings_are_checked(monkeypatch):
+def test_launcher_settings_are_checked():
     with pytest.raises(ValueError, match="jobs"):
         LocalLauncher(jobs=0)
     with pytest.raises(ValueError, match="devices"):
         LocalLauncher(jobs=2, devices=[0])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="torchrun"):
-        LocalLauncher().launch([["a=1"]], 0)

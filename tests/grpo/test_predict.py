@@ -76,7 +76,7 @@ def test_official_scorers_get_the_bare_option(text, bare):
 @pytest.mark.parametrize("batch", [1, 2, 5, 64])
 def test_every_question_counts_whatever_the_batch(batch):
     rollout = Rollout()
-    share = heldout_accuracy(QUESTIONS, encode, rollout, OneRank(), max_tokens=9, batch=batch)
+    share = heldout_accuracy(QUESTIONS, encode, rollout, OneRank(), stand_in=encode, max_tokens=9, batch=batch)
     assert share == 3 / 5 and sum(n for n, *_ in rollout.asked) == 5 and max(n for n, *_ in rollout.asked) <= batch
     assert all(a[1:] == (1, True, 9) for a in rollout.asked)
 
@@ -86,7 +86,7 @@ def test_ranks_share_the_questions_and_agree():
         engine = SimpleNamespace(
             rank=rank, world=2, together=lambda call, error: call(), reduce=lambda v: {"right": v["right"] + elsewhere}
         )
-        return heldout_accuracy(QUESTIONS, encode, Rollout(), engine, max_tokens=9)
+        return heldout_accuracy(QUESTIONS, encode, Rollout(), engine, stand_in=encode, max_tokens=9)
 
     assert measure(0, 1.0) == measure(1, 2.0) == 3 / 5  # 0, 2, 4 here and 1, 3 there
 
@@ -96,7 +96,7 @@ def test_all_ranks_ask_equally_often():
     for rank in range(7):  # more than there are questions
         engine = SimpleNamespace(rank=rank, world=7, together=lambda call, error: call(), reduce=dict)
         rollout = Rollout()
-        heldout_accuracy(QUESTIONS, encode, rollout, engine, max_tokens=9, batch=1)
+        heldout_accuracy(QUESTIONS, encode, rollout, engine, stand_in=encode, max_tokens=9, batch=1)
         asked.append(len(rollout.asked))
     assert asked == [1] * 7
 
@@ -111,7 +111,9 @@ def test_what_cannot_be_heard_is_wrong_and_stays():
     assert [a.question.id for a in answers] == list("01234")
     assert [a.state for a in answers] == ["audio error", "ok", "ok", "audio error", "ok"]
     assert answers[0].problem == "missing: x.wav: no such file" and not answers[0].right
-    assert heldout_accuracy(QUESTIONS, broken, Rollout(), OneRank(), max_tokens=9) == 2 / 5
+    rollout = Rollout()
+    assert heldout_accuracy(QUESTIONS, broken, rollout, OneRank(), stand_in=encode, max_tokens=9, batch=1) == 2 / 5
+    assert len(rollout.asked) == 5  # as often as a rank that hears everything
 
 
 def test_a_slice_is_spread_evenly():

@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from grpo import run as module
+from grpo.config import ConfigError
 from grpo.report.compare import figures
 from grpo.report.read import read_run
 from grpo.run import Run
@@ -51,7 +52,7 @@ class Saved:
         return json.loads(self.state)
 
 
-def leg(folder, saved, clock, *, ranks=1, stop_at=None, resume=False, seen=lambda: None):
+def leg(folder, saved, clock, *, ranks=1, stop_at=None, resume=False, seen=lambda: None, data="f"):
     """One leg of a run of 6 steps, with a checkpoint every 2nd. `seen` is called at the end of each step."""
     run, nothing = object.__new__(Run), lambda *_, **__: None
     cfg = OmegaConf.create({"tracking": {"_target_": "grpo.tracking.NoTracker"}, "rollout": {}, "rewards": {},
@@ -63,7 +64,7 @@ def leg(folder, saved, clock, *, ranks=1, stop_at=None, resume=False, seen=lambd
                                  eval_every=9, questions=2, generations=2, checkpoint_every=2, samples_every=9,
                                  checkpoint_grace=90.0, max_nonfinite=3, out_of_memory="stop",
                                  rollout_lag=0),
-        dataset=SimpleNamespace(fingerprint="f", train=[]), heldout=[make_question("q")],
+        dataset=SimpleNamespace(fingerprint=data, train=[]), heldout=[make_question("q")],
         sampler=SimpleNamespace(epoch=lambda step: 0.5), sync=SimpleNamespace(push=nothing),
         rollouts=SimpleNamespace(state=nothing, load_state=nothing), may_rest=False,
         display=SimpleNamespace(say=nothing, start=nothing, stop=nothing, samples=nothing,
@@ -89,6 +90,13 @@ def test_the_time_of_all_legs_with_the_ranks_each_had(tmp_path, clock):
     assert hours.get("gpu_hours", hours.get("device_hours")) == pytest.approx(112 / 3600)
 
 
+def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, clock):
+    saved = Saved()
+    leg(tmp_path, saved, clock, stop_at=2)
+    with pytest.raises(ConfigError, match=r"the data have changed since .* began \(fingerprint f, now e\)"):
+        leg(tmp_path, saved, clock, resume=True, data="e")
+
+
 def test_a_checkpoint_from_before_seconds_were_kept_resumes(tmp_path, clock):
     saved = Saved()
     leg(tmp_path, saved, clock, stop_at=4)
@@ -107,3 +115,17 @@ def test_tokens_per_second_are_of_one_step_over_all_ranks(tmp_path, clock):
     rows = read_run(tmp_path).rows
     # 600 tokens a rank in 8 seconds; step 3 began in another process, so that its time is not known
     assert [r.get("tokens_per_second") for r in rows] == [None, 150, 150, None, 75, 75, 75]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_clip_that_one_rank_cannot_read_is_left_out_on_all(monkeypatch, world):
+    rows = [make_question(f"q{i}") for i in range(4)]
+    elsewhere = ("f", {"q1": "missing", "held": "silent"})
+    monkeypatch.setattr(module.torch.distributed, "all_gather_object",
+                        lambda parts, mine: parts.__setitem__(slice(None), [mine, elsewhere]))  # fmt: skip
+    here = SimpleNamespace(fingerprint="f", unreadable={"q3": "empty"}, train=rows)
+    assert module.agreed_unreadable(here, world) == ({"q3": "empty"} | ({"q1": "missing"} if world == 2 else {}))
+    here.fingerprint = "e"
+    if world == 2:
+        with pytest.raises(ConfigError, match=r"rank 1 has read other questions than rank 0 \(fingerprints f and e\)"):
+            module.agreed_unreadable(here, world)

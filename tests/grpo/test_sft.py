@@ -82,7 +82,7 @@ def metrics(folder):
     return [{k: v for k, v in row.items() if k != "step_time"} for row in rows]
 
 
-def test_a_run_learns_and_resumes_to_the_same(checkpoint, rows, process, tmp_path):
+def test_a_run_learns_and_resumes_to_the_same(checkpoint, rows, tmp_path):
     summary = fine(checkpoint, rows, tmp_path / "a").train()
     whole = metrics(tmp_path / "a")
     assert summary["steps"] == 6 and [r["step"] for r in whole] == list(range(7))  # 3 epochs of 8 questions, 4 a step
@@ -112,7 +112,7 @@ def test_a_run_learns_and_resumes_to_the_same(checkpoint, rows, process, tmp_pat
     assert said == [a.text for a in predict(asked, again.encode, again.rollout, sampling=sampling)]
 
 
-def test_the_gradient_does_not_depend_on_micro_batches(checkpoint, rows, process, tmp_path):
+def test_the_gradient_does_not_depend_on_micro_batches(checkpoint, rows, tmp_path):
     def gradients(budget):
         run = fine(checkpoint, rows, tmp_path / str(budget), f"micro_tokens={budget}")
         kept = {}
@@ -132,7 +132,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(checkpoint, rows, process
         assert torch.allclose(first[name], second[name], atol=1e-6), name
 
 
-def test_what_an_update_can_fail_by_is_one_line(checkpoint, rows, process, tmp_path, monkeypatch):
+def test_what_an_update_can_fail_by_is_one_line(checkpoint, rows, tmp_path, monkeypatch):
     run = fine(checkpoint, rows, tmp_path / "c", "micro_tokens=null")
 
     def fails(error):
@@ -152,7 +152,7 @@ def test_what_an_update_can_fail_by_is_one_line(checkpoint, rows, process, tmp_p
         fails(RuntimeError("expected scalar type Float"))
 
 
-def test_a_clip_that_cannot_be_read_gives_its_place_away(checkpoint, rows, process, tmp_path):
+def test_a_clip_that_cannot_be_read_gives_its_place_away(checkpoint, rows, tmp_path):
     run = fine(checkpoint, rows, tmp_path / "d", "data.max_bad_fraction=0.2")
     broken = run.sampler.batch(0)[1]
     moved = replace(broken, audio=tmp_path / "gone.wav")
@@ -160,6 +160,7 @@ def test_a_clip_that_cannot_be_read_gives_its_place_away(checkpoint, rows, proce
     groups = run._groups(0)
     assert len(groups) == 4 and broken.id not in {g.prompt.id for g in groups}
     assert run.quarantined == {broken.id: "missing"}
-    run.engine = SimpleNamespace(gather=lambda items: [("x", "missing", "gone"), ("y", "missing", "gone")])
+    more = [q.id for q in run.taught.questions if q.id != broken.id][:2]
+    run.engine = SimpleNamespace(gather=lambda items: [(name, "missing", "gone") for name in more])
     with pytest.raises(RuntimeError, match="more than data"):
         run._groups(0)
