@@ -98,7 +98,7 @@ class Bridge:
         tensors = received(tensors, path, data)
         whole_or_raise(tensors, self._bridge_checkpoint())
         model = self.model_runner.get_model()
-        layers = [model.get_submodule(name) for name in engine_modules(model, modules_of(tensors))]
+        layers = [model.get_submodule(name) for name in sorted(engine_modules(model, modules_of(tensors)))]
         for layer in layers:
             initialize_layerwise_reload(layer)
         model.load_weights(tensors.items())
