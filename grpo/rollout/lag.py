@@ -144,11 +144,16 @@ class Rollouts:
         return None if engine.gather(missing) else records
 
     def load_state(self, step: int, records: Sequence[Mapping] | None) -> None:
-        """Put back what `state` gave before `step`, on any number of ranks."""
+        """Put back what `state` gave before `step`, on any number of ranks; left where a clip is gone since."""
         if not records:
             return
         run = self.run
         questions, prompts = load_questions(run, step)
+        asked = run.engine.gather([p.id for p in prompts])
+        if gone := [r["id"] for r in records if r["id"] not in asked]:
+            run.display.say(f"the completions that wait for step {step + 1} are left, and sampled anew by newer weights: "
+                            f"the clip of {', '.join(gone)} cannot be read any more")  # fmt: skip
+            return
         share = len(prompts)
         groups: Future = Future()
         mine = records[run.engine.rank * share : (run.engine.rank + 1) * share]
@@ -166,9 +171,6 @@ def _record(group: Group) -> dict:
 
 
 def _group(run, prompt: Encoded, record: Mapping) -> Group:
-    if record["id"] != prompt.id:
-        raise ValueError(f"the checkpoint waits with completions of question {record['id']}, the run asks {prompt.id} "
-                         f"now: has the data changed?")  # fmt: skip
     return Group(prompt, tuple(
         Completion(tuple(c["token_ids"]), tuple(c["sampler_logp"]), run.policy.decode(c["token_ids"]), c["truncated"],
                    c["version"]) for c in record["completions"]

@@ -214,13 +214,16 @@ def test_the_time_for_what_is_on_its_way_is_agreed_between_the_ranks(run):
     run.rollout.go.set()
 
 
-def test_other_data_after_a_checkpoint_is_an_error(run):
+def test_what_waits_for_a_clip_that_is_gone_is_sampled_anew(run):
     whole = Rollouts(run, 1)
     train(run, whole, 0, 1)
     saved = whole.state(1)
     saved[0]["id"] = "c"
-    with pytest.raises(ValueError, match="question c, the run asks a now"):
-        Rollouts(run, 1).load_state(1, saved)
+    said, again = [], Rollouts(run, 1)
+    run.display = SimpleNamespace(say=said.append)
+    again.load_state(1, saved)
+    assert again.asked is None and "step 2 are left" in said[0] and "the clip of c cannot be read" in said[0]
+    assert train(run, again, 1, 2) == [(1, {run.version - 1})]
 
 
 def test_a_failed_rollout_shows_where_its_groups_are_wanted(run):
