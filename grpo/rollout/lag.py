@@ -151,7 +151,7 @@ class Rollouts:
         questions, prompts = load_questions(run, step)
         asked = run.engine.gather([p.id for p in prompts])
         if gone := [r["id"] for r in records if r["id"] not in asked]:
-            run.display.say(f"the completions that wait for step {step + 1} are left, and sampled anew by newer weights: "
+            run.display.say(f"the completions that wait for step {step + 1} are left and made anew by newer weights: "
                             f"the clip of {', '.join(gone)} cannot be read any more")  # fmt: skip
             return
         share = len(prompts)
