@@ -108,10 +108,14 @@ class Cluster:
         self.run("slurmd", "-N", node, "-c")
 
     def kill(self, node: str) -> None:
-        """What a node that loses power does: its slurmd and all of its jobs' processes are gone at once."""
-        for pid in self.processes(node):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """What a node that loses power does: its slurmd and all of its jobs' processes are gone at once.
+
+        None sees another go: a slurmstepd that did would tell the controller that its job has failed.
+        """
+        for sign in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in self.processes(node):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, sign)
 
     def processes(self, node: str) -> list[int]:
         """Of a node: slurmd, and whatever was started with the node's name in its environment."""
