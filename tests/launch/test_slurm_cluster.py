@@ -168,7 +168,7 @@ def test_status_and_mistakes(cluster, stand):
     table = launch(cluster, stand, command="status")
     assert job in table and "seen" in table
     assert "none of your jobs" in launch(cluster, stand, "nobody", command="cancel", ok=False)
-    cluster.until(lambda: list((stand / "slurm").glob("*")), 60, "output of the job")
+    cluster.until(lambda: list((stand / "slurm").glob("*.out")), 60, "output of the job")
     assert "seen" in launch(cluster, stand, "nobody", command="logs", ok=False)
     launch(cluster, stand, job, command="cancel")
     assert "invalid partition" in launch(cluster, stand, "steps=1", partition="nowhere", ok=False)
