@@ -64,6 +64,12 @@ class Dataset:
         return [q for q in self.train if q.id not in self.unreadable]
 
     @property
+    def left_out(self) -> str:
+        """What of the rows is not used, in words."""
+        clips = len(self.unreadable)
+        return f"{len(self.problems) - clips} rows left out, {clips} clips unreadable"
+
+    @property
     def fingerprint(self) -> str:
         """Short hash over all rows of both splits: two runs with the same one asked the same questions."""
         rows = [

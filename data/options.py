@@ -76,11 +76,13 @@ def within(text: str) -> tuple[str, list[str]]:
         first = re.search(r"(?:^|\s)(?:\(A\)|A[.):])\s", text)
         head, rest = (text[: first.start()], text[first.start() :].strip()) if first else (text, "")
     if rest:
+        # Where they stand as lines, what looks like a letter within an option is none.
+        before = r"^" if re.search("^" + MARK.format("B"), rest, re.MULTILINE) else r"(?<=\s)"
         options, at = [], 0
         for letter, after in pairwise(ascii_uppercase):
             if not (mark := re.compile(MARK.format(letter)).match(rest, at)):
                 break
-            following = re.compile(r"(?<=\s)" + MARK.format(after)).search(rest, mark.end())
+            following = re.compile(before + MARK.format(after), re.MULTILINE).search(rest, mark.end())
             end = following.start() if following else len(rest)
             options.append(rest[mark.end() : end].strip())
             at = end

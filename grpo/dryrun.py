@@ -20,7 +20,7 @@ def dry_run(cfg: DictConfig, display: Display) -> None:
     from hydra import compose
 
     from grpo import loop
-    from grpo.run import Run, left_out
+    from grpo.run import Run
 
     tiny = compose("train", return_hydra_config=False)  # our own defaults: the tiny model and the synthetic data
     small = cfg.copy()
@@ -42,7 +42,7 @@ def dry_run(cfg: DictConfig, display: Display) -> None:
             display.say(f"data      NOT HERE: {', '.join(missing)}; synthetic questions stand in below")
         else:
             display.say(f"data      {len(run.dataset.train)} training and {len(run.dataset.eval)} held-out questions, "
-                        f"{left_out(run.dataset)}")  # fmt: skip
+                        f"{run.dataset.left_out}")  # fmt: skip
         questions = run.dataset.readable[:32]
         lengths = [len(run.encode(q).prompt_ids) for q in questions]
         text = "\n".join(

@@ -219,7 +219,7 @@ class Run:
             f"{self.cfg.model.dtype}, ZeRO-{self.engine.stage}, {self.world} rank(s)\n"
             f"rollout   {_module(self.rollout)}, weights by {_module(self.sync)}, lag {s.rollout_lag}\n"
             f"data      {len(self.dataset.train)} training and {len(self.dataset.eval)} held-out questions, "
-            f"{left_out(self.dataset)}, audio: {self.cfg.data.audio}, "
+            f"{self.dataset.left_out}, audio: {self.cfg.data.audio}, "
             f"fingerprint {self.dataset.fingerprint}"
         )
 
@@ -532,12 +532,6 @@ def same_questions(dataset, folder: Path) -> None:
     if dataset.fingerprint != before:
         raise ConfigError(f"resume=true, but the data have changed since {folder} began (fingerprint {before}, now "
                           f"{dataset.fingerprint}): bring the same rows back, or start a new run")  # fmt: skip
-
-
-def left_out(dataset) -> str:
-    """What of the data is not used, in words."""
-    clips = len(dataset.unreadable)
-    return f"{len(dataset.problems) - clips} rows left out, {clips} clips unreadable"
 
 
 def facts(dataset, policy) -> dict:

@@ -10,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 
 from data.prompt import Prompt
 from data.question import Clip, Question
@@ -18,6 +20,7 @@ from grpo.onerank import OneRank  # noqa: F401  (tests take it from here)
 # The same examples every time: what fails here fails there. No deadline: a busy machine is no fault.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+providers._get_local_constants = Constants  # else some are of whatever was imported before
 
 
 def pytest_collection_modifyitems(items):

@@ -15,7 +15,6 @@ import os
 import runpy
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -74,9 +73,9 @@ def serve() -> None:
 
 def start(order: dict) -> list[int] | None:
     """The process ids of the ranks; None within each of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    from grpo.rollout.serve import free_port
+
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     pids = []
     for rank in range(order["ranks"]):
         if pid := os.fork():

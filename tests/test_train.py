@@ -18,8 +18,8 @@ from data.manifest import write as write_manifest
 from data.sampler import Sampler
 from data.synthetic import questions
 from grpo.replay import main as replay
+from grpo.rollout.serve import free_port
 from tests.forked import forked
-from tests.grpo.test_engine import free_port
 from tests.grpo.test_metrics import documented
 
 pytestmark = pytest.mark.slow

@@ -17,6 +17,7 @@ import hmac
 import importlib.util
 import json
 import os
+import random
 import secrets
 import select
 import shutil
@@ -29,6 +30,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,7 +210,15 @@ def has_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
-def free_port(host: str) -> int:
+def free_port(host: str = "127.0.0.1") -> int:
+    """A free port. A server binds it seconds later: it lies where the system takes none for others meanwhile."""
+    ephemeral = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    low = int(ephemeral.read_text().split()[0]) if ephemeral.exists() else 0
+    # Seeds of a run, which its neighbours may have too, choose nothing here.
+    for port in random.SystemRandom().sample(range(max(low - 12_000, 10_000), low), 50) if low > 11_000 else ():
+        with suppress(ServerError):
+            refuse_taken(host, port)
+            return port
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]

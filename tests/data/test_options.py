@@ -40,6 +40,13 @@ def test_lettered_options_come_back_bare_and_the_answer_finds_its_index(options,
     assert within("What is it?\nChoices:\n" + "\n".join(lettered))[1] == options
 
 
+@pytest.mark.parametrize("options", [["a", "C) b"], ["0", "00", "D."], ["x", "y z C. w", "q"]])
+def test_within_a_line_a_letter_begins_no_option(options):
+    lines = "\n".join(f"{a}. {text}" for a, text in zip("ABC", options, strict=False))
+    assert within(f"What is it?\nChoices:\n{lines}") == ("What is it?", options)
+    assert within(f"What is it?\n{lines}") == ("What is it?", options)
+
+
 def test_answers_in_every_dress():
     options = ["dog", "A cat", "B"]
     assert [index(a, options) for a in (1, "A cat", "a cat.", "B. A cat", "(B) a cat", "A", "B")] == [

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,19 +38,13 @@ OFFLOAD = {"offload": {"stage": 3, "micro": 2, "offload": True},
            "full-offload": {"stage": 3, "micro": 2, "offload": True, "full": True, "sgd": 0.1}}  # fmt: skip
 RESUMED = {f"resumed-{dtype}-zero{stage}": {"stage": stage, "micro": 1, "dtype": dtype, "resume": True}
            for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)}  # fmt: skip
-RESUMED |= {f"{n}-first": v | {"taken": 0} for n, v in RESUMED.items() if "float32" in n}
+RESUMED |= {f"{n}-first": v | {"taken": 0} for n, v in RESUMED.items()}
 # One of the ranks has more questions in its micro-batch than the other.
 TOWER = {f"tower-zero{stage}": {"stage": stage, "micro": 4, "tower": True} for stage in (0, 3)}
 UNEVEN = {n: v | {"cuts": [0, 3, 4]} for n, v in TOWER.items()}
 FOUR = {n: v | {"micro": 1} for n, v in (SPLITS | FULL | OFFLOAD).items() if not n.endswith("micro2")}
 TWO = SPLITS | FULL | OFFLOAD
 TWO |= {f"{a}-1": {"stage": 0, "micro": 1, "aggregated": a} for a in ("token_mean", "constant")}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def run_worker(checkpoint, out, ranks, variants):
