@@ -108,25 +108,37 @@ class Cluster:
         self.run("slurmd", "-N", node, "-c")
 
     def kill(self, node: str) -> None:
-        """What a node that loses power does: its slurmd and all of its jobs' processes are gone at once.
+        """What a node that loses power does: its slurmd and all of its jobs' processes are gone, none tells of another.
 
-        None sees another go: a slurmstepd that did would tell the controller that its job has failed.
+        The daemons are frozen first, and go last: a slurmstepd that saw its job end would tell the controller that it
+        has failed.
         """
-        for sign in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in self.processes(node):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, sign)
+        daemons = self.daemons(node)
+        for pid in daemons:
+            os.kill(pid, signal.SIGSTOP)
+        for pid in [*self.processes(node), *daemons]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def daemons(self, node: str) -> list[int]:
+        """A node's slurmd and the slurmstepd of each step of a job, which is the parent of the step's processes.
+
+        (They write their titles over their environment, so that it does not show the node.)
+        """
+        found = {int((self.folder / "run" / f"{node}.pid").read_text())}
+        for pid in self.processes(node):
+            with contextlib.suppress(OSError):
+                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                if Path(f"/proc/{parent}/cmdline").read_bytes().startswith(b"slurmstepd"):
+                    found.add(parent)
+        return sorted(found)
 
     def processes(self, node: str) -> list[int]:
-        """Of a node: slurmd, and whatever was started with the node's name in its environment."""
-        found = [int((self.folder / "run" / f"{node}.pid").read_text())]
+        """Of a node's jobs: whatever was started with the node's name in its environment."""
+        found, marks = [], {f"SLURM_CONF={self.env['SLURM_CONF']}".encode(), f"SLURMD_NODENAME={node}".encode()}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                words = (path / "environ").read_bytes().split(b"\0")
-                if (
-                    f"SLURM_CONF={self.env['SLURM_CONF']}".encode() in words
-                    and f"SLURMD_NODENAME={node}".encode() in words
-                ):
+                if marks <= set((path / "environ").read_bytes().split(b"\0")):
                     found.append(int(path.name))
         return found
 
