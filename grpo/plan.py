@@ -21,7 +21,7 @@ from torch import Tensor
 from grpo.attention import Prefix
 from grpo.batch import needs
 from grpo.config import ConfigError, build_objective, composed, one_line_errors, settings, zero_stage
-from grpo.engine import LIVE, REDUCE_BUCKET
+from grpo.engine import LIVE, REDUCE_BUCKET, STEP_AT_ONCE
 from grpo.logprob import LOGITS_AT_ONCE
 from grpo.sync.names import group_of
 from grpo.sync.traffic import OMNI_7B, Shape
@@ -195,21 +195,40 @@ def states(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, 
     }
 
 
-def work_space(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, dtype: str, micro: Micro,
-               flex: bool, checkpointing: bool, live: int = LIVE) -> dict[str, float]:  # fmt: skip
-    """Bytes that come and go in one update on a rank. Not all are there at once: together they are an upper bound."""
+def step_space(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, ranks: int, gpu: bool) -> float:
+    """Bytes that come and go in AdamW's step on one rank: roots of the second moments, and a copy of the gradients."""
+    each = trained_of(shape, lora, full).values()
+    if stage == 3:
+        at_once = min(sum(each), STEP_AT_ONCE * ranks + max(each)) / ranks
+    elif stage:
+        at_once = sum(each) / ranks
+    else:  # torch steps one weight after the other on a CPU, all together on a GPU
+        at_once = sum(each) if gpu else max(each)
+    return 4 * at_once * ((1 if gpu else 2) + (stage == 3))
+
+
+def work_space(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, ranks: int, dtype: str,
+               micro: Micro, gpu: bool, checkpointing: bool, live: int = LIVE,
+               offload: bool = False) -> dict[str, float]:  # fmt: skip
+    """Bytes that come and go in one update on a rank. Not all are there at once: together they are an upper bound.
+
+    The optimizer's step comes after the passes, and counts as far as it needs more; with `offload` it is the host's.
+    """
     size, found = (2 if dtype == "bfloat16" else 4), {}
     if stage == 3:
         biggest = max(torch.Size(shape_).numel() for shape_ in weights_of(shape).values())
         # DeepSpeed receives the parts in one buffer and joins them in another
         found["gathered weights"] = (min(shape.all_weights(), live + biggest) + biggest) * size
-    if stage > 1:  # and, in stage 3, a copy that is cut into the ranks' parts
-        trained = sum(trained_of(shape, lora, full).values())
-        found["gradient buckets"] = min(REDUCE_BUCKET, trained) * 4 * (2 if stage == 3 else 1)
-    found["activations"] = kept_bytes(shape, lora, full, dtype=dtype, micro=micro, flex=flex,
+    found["activations"] = kept_bytes(shape, lora, full, dtype=dtype, micro=micro, flex=gpu,
                                       checkpointing=checkpointing)  # fmt: skip
     scored = micro.groups * micro.copies * micro.completion
     found["logits chunk"] = 3 * 4 * min(LOGITS_AT_ONCE, scored * shape.vocab)
+    if not offload:
+        step = step_space(shape, lora, full, stage=stage, ranks=ranks, gpu=gpu)
+        found["optimizer's step, beyond these"] = max(0.0, step - sum(found.values()))
+    if stage > 1:  # and, in stage 3, a copy that is cut into the ranks' parts
+        trained = sum(trained_of(shape, lora, full).values())
+        found["gradient buckets"] = min(REDUCE_BUCKET, trained) * 4 * (2 if stage == 3 else 1)
     return found
 
 
@@ -247,9 +266,11 @@ def plan(cfg: DictConfig, shape: Shape, given: Given) -> Plan:
     # ---------------------------------------------------------------- memory
     fixed = states(shape, lora, full, stage=stage, ranks=ranks, dtype=dtype, reference=reference)
     (out.host if cfg.engine.offload else out.trainer).update({k: v for k, v in fixed.items() if v})
-    out.trainer |= work_space(shape, lora, full, stage=stage, dtype=dtype, micro=micro, flex=True,
-                              checkpointing=cfg.model.gradient_checkpointing,
-                              live=cfg.engine.get("live", LIVE))  # fmt: skip
+    out.trainer |= work_space(shape, lora, full, stage=stage, ranks=ranks, dtype=dtype, micro=micro, gpu=True,
+                              checkpointing=cfg.model.gradient_checkpointing, live=cfg.engine.get("live", LIVE),
+                              offload=cfg.engine.offload)  # fmt: skip
+    if cfg.engine.offload:
+        out.host["optimizer's step"] = step_space(shape, lora, full, stage=stage, ranks=ranks, gpu=False)
     out.host["audio cache, at most"] = cfg.audio_cache.memory_gib * 2**30
     token_kv = 2 * shape.layers * shape.kv_heads * shape.head_dim * size
     engines = place.get("engines", ranks)

@@ -63,8 +63,8 @@ def planned(folder: Path, case: Case) -> float:
     shape, lora = read_shape(folder / "config.json"), None if case.full else LORA
     micro = Micro(case.groups, case.copies, case.prompt, case.completion)
     lasting = states(shape, lora, FULL, stage=case.stage, ranks=case.ranks, dtype="float32")
-    passing = work_space(shape, lora, FULL, stage=case.stage, dtype="float32", micro=micro, live=case.live,
-                         flex=torch.cuda.is_available(), checkpointing=case.checkpointing)  # fmt: skip
+    passing = work_space(shape, lora, FULL, stage=case.stage, ranks=case.ranks, dtype="float32", micro=micro,
+                         live=case.live, gpu=torch.cuda.is_available(), checkpointing=case.checkpointing)  # fmt: skip
     return sum(lasting.values()) + sum(passing.values())
 
 

@@ -70,8 +70,10 @@ def nbytes(tensors):
 
 
 def build(checkpoint, *, stage, pad="right", layout="shared", checkpointing=False, clip=1e9, sgd=None, full=False,
-          offload=False, dtype="float32", tower=False):  # fmt: skip
+          offload=False, dtype="float32", tower=False, at_once=None):  # fmt: skip
     zero = zero_config(stage=stage, clip=clip, dtype=dtype, world=torch.distributed.get_world_size(), offload=offload)
+    if at_once:
+        zero["zero_optimization"]["sub_group_size"] = at_once
     lora = LORA | {"targets": TOWER, "audio_tower": True} if tower else LORA
     policy = Policy(checkpoint, None if full else lora, full=FULL, prompt=make_prompt(), forward=layout, dtype=dtype,
                     gradient_checkpointing=checkpointing, zero3=zero if stage == 3 else None)  # fmt: skip
@@ -83,6 +85,7 @@ def build(checkpoint, *, stage, pad="right", layout="shared", checkpointing=Fals
     # lr=99: what counts is the one given to step. eps: rounding of a gradient that is almost 0 is no step
     engine = Engine(policy, partial(torch.optim.SGD, lr=99.0) if sgd else partial(torch.optim.AdamW, lr=99.0, eps=1e-3),
                     zero)  # fmt: skip
+    assert len(engine._parts) > 2 or not at_once, [p.numel() for p in engine._parts]
     if full:
         another_reference(engine)
     policy.train()
