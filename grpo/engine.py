@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -47,19 +46,20 @@ def start_distributed(watch: Mapping[str, float] | None = None) -> tuple[int, in
 
     `watch`: the limits of grpo/watch.py, by which the ranks look after each other.
     """
+    store = None
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # on a port that it finds for itself
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(store.port))  # fmt: skip
     if torch.cuda.is_available():  # before anything is made there: else every rank works on the first GPU
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         # What bounds the waiting is the watch, which knows for whom, and does not count what a suspended job sleeps.
-        limit = 24 * 3600 if watch else 1800
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False,
-                                   timeout=timedelta(seconds=limit))  # fmt: skip
+        limit = timedelta(seconds=24 * 3600 if watch else 1800)
+        if store is not None:
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
     rank, world = dist.get_rank(), dist.get_world_size()
     if watch:
         WATCH.start(rank, world, **watch)

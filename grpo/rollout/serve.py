@@ -30,7 +30,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,18 +209,30 @@ def has_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
+_HELD: list[socket.socket] = []
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A free port. A server binds it seconds later: it lies where the system takes none for others meanwhile."""
+    """A free port, for a server that binds it seconds later, and sets SO_REUSEADDR as servers do.
+
+    It lies where the system takes none for others, and until this process ends the next call, here or in another
+    process, gets another.
+    """
     ephemeral = Path("/proc/sys/net/ipv4/ip_local_port_range")
     low = int(ephemeral.read_text().split()[0]) if ephemeral.exists() else 0
     # Seeds of a run, which its neighbours may have too, choose nothing here.
-    for port in random.SystemRandom().sample(range(max(low - 12_000, 10_000), low), 50) if low > 11_000 else ():
-        with suppress(ServerError):
-            refuse_taken(host, port)
-            return port
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    ports = random.SystemRandom().sample(range(max(low - 12_000, 10_000), low), 50) if low > 11_000 else []
+    for port in [*ports, 0]:
+        holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            holder.bind((host, port))  # refused where another is held or listened on
+        except OSError:
+            holder.close()
+            continue
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _HELD.append(holder)
+        return holder.getsockname()[1]
+    raise ServerError(f"no port is free on {host}")
 
 
 def refuse_taken(host: str, port: int) -> None:

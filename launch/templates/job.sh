@@ -52,11 +52,13 @@ export MASTER_ADDR MASTER_PORT=$port
 # ---- the ranks: srun starts them and passes signals on; one that ends takes the others with it within three minutes
 if ((told)); then finish 75; fi
 say "@NODES@ node(s) x @RANKS@ rank(s) on $(comma "${nodes[@]}")"
-srun --mpi=none --kill-on-bad-exit=0 --wait=180 --nodes=@NODES@ --nodelist="$(comma "${nodes[@]:0:@NODES@}")" \
-    --ntasks=@NTASKS@ --ntasks-per-node=@RANKS@ --cpus-per-task=@CPUS@ \
-    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=@RANKS@
-             exec "$@"' rank @CONTAINER@"${command[@]}" &
+ranks=(srun --mpi=none --kill-on-bad-exit=0 --wait=180 --nodes=@NODES@ --nodelist="$(comma "${nodes[@]:0:@NODES@}")"
+       --ntasks=@NTASKS@ --ntasks-per-node=@RANKS@ --cpus-per-task=@CPUS@
+       bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=@RANKS@
+                exec "$@"' rank @CONTAINER@"${command[@]}")
+(exec "${ranks[@]}") &  # in brackets: else bash has a trap that is due run by the new process as well
 step=$!
+if ((told)); then kill -KILL "$step"; finish 75; fi  # it came meanwhile, and srun may not have heard of it
 while true; do  # a trap ends `wait`, not what is waited for
     before=$told
     wait "$step"

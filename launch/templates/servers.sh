@@ -7,13 +7,14 @@ for node in "${nodes[@]:@NODES@}"; do
     hosts+=("$(address "$node")")
     for ((i = 0; i < @SERVERS_PER_NODE@; i++)); do urls+=("http://$(address "$node"):$((port + 1 + i))"); done
 done
-srun --mpi=none --kill-on-bad-exit=1 --nodes=@SERVE_NODES@ --nodelist="$(comma "${nodes[@]:@NODES@}")" \
-    --ntasks=@SERVE_NODES@ --ntasks-per-node=1 --cpus-per-task=@SERVE_CPUS@ \
-    bash -c 'hosts=($1); shift; exec "$@" --host="${hosts[$SLURM_PROCID]}"' serve "${hosts[*]}" \
-    @CONTAINER@@PYTHON@ -m grpo.rollout.standalone --port=$((port + 1)) --count=@SERVERS_PER_NODE@ @WORDS@ &
+serve=(srun --mpi=none --kill-on-bad-exit=1 --nodes=@SERVE_NODES@ --nodelist="$(comma "${nodes[@]:@NODES@}")"
+       --ntasks=@SERVE_NODES@ --ntasks-per-node=1 --cpus-per-task=@SERVE_CPUS@
+       bash -c 'hosts=($1); shift; exec "$@" --host="${hosts[$SLURM_PROCID]}"' serve "${hosts[*]}"
+       @CONTAINER@@PYTHON@ -m grpo.rollout.standalone --port=$((port + 1)) --count=@SERVERS_PER_NODE@ @WORDS@)
+(exec "${serve[@]}") &
 servers=$!
 trap 'kill "$servers" 2> /dev/null; wait "$servers" 2> /dev/null' EXIT
-@PYTHON@ -m launch.health --pid "$servers" "${urls[@]}" &
+(exec @PYTHON@ -m launch.health --pid "$servers" "${urls[@]}") &
 wait $!  # which a signal ends
 ready=$?
 if ((told)); then finish 75; fi

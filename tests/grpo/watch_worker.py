@@ -6,7 +6,6 @@ Imports once and forks RANKS processes for each mode. Prints {mode: [[status, wh
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from grpo import watch
 from grpo.config import Unfinished
 from grpo.engine import stop_distributed
+from grpo.rollout.serve import free_port
 from grpo.watch import WATCH
 
 RANKS, SILENT, STUCK, BAD, END = 3, 4.0, 4.0, 20, 40
@@ -58,7 +58,7 @@ def rank_of(mode, rank):
 def work(mode, rank):
     dist.init_process_group("gloo", timeout=timedelta(seconds=100))
     # Where one exits its watching thread is mostly in the store: Python would end it there, and abort the process.
-    watch.PERIOD, watch.LAST, watch.ENDING = 0.001 if mode == "exit" else 0.1, 1.0, 3.0
+    watch.PERIOD, watch.LAST, watch.ENDING = 0.001 if mode == "exit" else 0.1, 2.0, 3.0
     WATCH.start(rank, RANKS, silent=SILENT, stuck=STUCK)
     for step in range(1, END):
         WATCH.step = step
@@ -74,9 +74,7 @@ def work(mode, rank):
 
 
 def fork(folder, mode):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(RANKS))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(RANKS))
     pids = []
     for rank in range(RANKS):
         if pid := os.fork():

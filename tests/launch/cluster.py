@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from grpo.rollout.serve import free_port
+
 BINARIES = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel", "sinfo", "runuser")
 CONF = """\
 ClusterName=mini
@@ -86,7 +88,7 @@ class Cluster:
             os.chown(path, user.pw_uid, user.pw_gid)
         self.run("runuser", "-u", "munge", "--", "munged", f"--key-file={munge}/key", f"--socket={munge}/socket",
                  f"--pid-file={munge}/munged.pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed")  # fmt: skip
-        ports = free_ports(3)
+        ports = [free_port() for _ in range(3)]
         values = {"host": socket.gethostname().split(".")[0], "munge": munge, "folder": folder, "port": ports[0],
                   "first": ports[1], "second": ports[2]}  # fmt: skip
         (folder / "slurm.conf").write_text(CONF.format(**values))
@@ -185,14 +187,3 @@ class Cluster:
                 while time.monotonic() < end and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
                     time.sleep(0.1)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

@@ -1,4 +1,4 @@
-"""Stands in for `python -m grpo.train` where only the contract with the batch script is tested: 0.1 s a step.
+"""Stands in for `python -m grpo.train` where only the contract with the batch script is tested: `pace` seconds a step.
 
 Every rank counts to `steps`, hashing as it goes; told to stop it keeps its state and exits with 75; resume goes on.
 """
@@ -36,7 +36,7 @@ def save():
 
 
 while state["step"] < int(words["steps"]):
-    time.sleep(0.1)
+    time.sleep(float(words.get("pace", 0.1)))
     state["step"] += 1
     state["hash"] = hashlib.sha256(f"{state['hash']} {state['step']} {rank}".encode()).hexdigest()
     if state["step"] % 10 == 0 or told:

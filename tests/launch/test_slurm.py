@@ -66,9 +66,9 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-def execute(script, folder, **env):
+def execute(script, folder, programs=PROGRAMS, **env):
     """Run a batch script where srun and scontrol only write down how they were called. Returns (code, srun's words)."""
-    for name, text in PROGRAMS.items():
+    for name, text in programs.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     script = script.replace(f"PATH={slurm.quote(str(Path(sys.executable).parent))}:$PATH", "PATH=$PATH")
@@ -120,6 +120,15 @@ def test_only_a_run_with_more_to_do_is_queued_again(tmp_path, code, env, queued)
     ended, words = execute(slurm.render("train", mine, ["name=a"], "a"), tmp_path, CODE=str(code), **env)
     assert ended == code and (tmp_path / "requeued").exists() == queued
     assert arguments(words) == ["name=a", *(["resume=true"] if "SLURM_RESTART_COUNT" in env else [])]
+
+
+def test_a_signal_while_the_ranks_are_being_started_is_not_lost(tmp_path):
+    tell = "#!/bin/bash\n[[ -e $HERE/shell && ! -e $HERE/told ]] && touch $HERE/told && kill -USR1 $(< $HERE/shell)\n"
+    wait = "#!/bin/bash\ntrap 'exit 75' USR1; while ((SECONDS < 20)); do /bin/sleep 0.1; done\n"
+    mine = read("cpu").with_words([f"scratch={tmp_path}", "setup=['echo $$ > $HERE/shell']"])
+    programs = PROGRAMS | {"date": tell, "srun": wait}  # it asks for the time right before it starts them
+    ended, _ = execute(slurm.render("train", mine, [], "a"), tmp_path, programs)
+    assert ended == 75 and (tmp_path / "told").exists() and (tmp_path / "requeued").exists()
 
 
 @pytest.mark.parametrize(

@@ -72,12 +72,12 @@ def test_the_same_scores_as_in_the_trainer():
 
 @pytest.mark.parametrize(
     ("completion", "told"),
-    [("loop", "no answer within 1.5 s"), ("backtrack", "no answer within 1.5 s"), ("swallow", "no answer within 1.5 s"),
-     ("children", "no answer within 1.5 s"), ("own alarm", "no answer within 1.5 s"),
+    [("loop", "no answer within 3 s"), ("backtrack", "no answer within 3 s"), ("swallow", "no answer within 3 s"),
+     ("children", "no answer within 3 s"), ("own alarm", "no answer within 3 s"),
      ("crash", "ended with SIGSEGV"), ("exit", "SystemExit: 3"), ("hard exit", "ended with status 3")],
 )  # fmt: skip
 def test_what_never_returns_or_crashes_costs_its_completion_alone(completion, told):
-    rewards = of(1.5 if "1.5" in told else 30, wild=wild, format=format)
+    rewards = of(3 if "3 s" in told else 30, wild=wild, format=format)
     for _ in range(2):  # and the next call finds it well
         scores = rewards.score(["a", completion, "abc"], contexts=[CONTEXT_OF_B] * 3)
         assert [c[0] for c in scores.components[::2]] == [1.0, 3.0] and math.isnan(scores.components[1][0])
@@ -108,11 +108,11 @@ def test_one_that_dies_between_two_calls_costs_nothing():
 
 
 def test_one_that_does_not_even_read_is_bounded_too():
-    rewards = of(1.5, wild=wild)
+    rewards = of(3, wild=wild)
     rewards.score(["a"], contexts=[{}])
     rewards._call._process.send_signal(signal.SIGSTOP)
     scores = rewards.score(["x" * 2**20, "ab"], contexts=[{}] * 2)
-    assert "no answer within 1.5 s" in scores.failures[0].error and scores.total[1] == 2.0
+    assert "no answer within 3 s" in scores.failures[0].error and scores.total[1] == 2.0
 
 
 def test_it_has_no_input_and_ends_what_it_starts():
@@ -141,7 +141,7 @@ def test_more_calls_than_a_pipe_holds():
 
 
 def test_any_thread_may_ask():
-    rewards, found = of(1.5, wild=wild), []
+    rewards, found = of(3, wild=wild), []
     thread = threading.Thread(target=lambda: found.append(rewards.score(["a", "loop"], contexts=[{}] * 2)))
     thread.start(), thread.join(30)
     assert found[0].total[0] == 1.0 and "no answer" in found[0].failures[0].error

@@ -21,7 +21,7 @@ rank = dist.get_rank()
 policy = Policy(checkpoint, LORA, prompt=make_prompt())
 prompts = [policy.encode(make_question(f"q{i}"), make_clip(i, 0.3 + 0.1 * i)) for i in range(4)]
 mine = prompts[rank * 2 : rank * 2 + 2]
-engine = VLLMServer(policy, timeout=2.0, backoff=0.05, tries=6)
+engine = VLLMServer(policy, timeout=10.0, backoff=0.05, tries=6)
 answers = []
 for step in range(3):
     dist.barrier()  # as Rollouts.settle: no push while another rank still samples with the version before
