@@ -224,8 +224,8 @@ def work_space(shape: Shape, lora: Mapping | None, full: str | None, *, stage: i
     scored = micro.groups * micro.copies * micro.completion
     found["logits chunk"] = 3 * 4 * min(LOGITS_AT_ONCE, scored * shape.vocab)
     if not offload:
-        step = step_space(shape, lora, full, stage=stage, ranks=ranks, gpu=gpu)
-        found["optimizer's step, beyond these"] = max(0.0, step - sum(found.values()))
+        more = step_space(shape, lora, full, stage=stage, ranks=ranks, gpu=gpu) - sum(found.values())
+        found |= {"optimizer's step, beyond these": more} if more > 0 else {}
     if stage > 1:  # and, in stage 3, a copy that is cut into the ranks' parts
         trained = sum(trained_of(shape, lora, full).values())
         found["gradient buckets"] = min(REDUCE_BUCKET, trained) * 4 * (2 if stage == 3 else 1)

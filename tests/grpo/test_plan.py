@@ -8,7 +8,19 @@ from omegaconf import OmegaConf
 from grpo.batch import Completion, Group
 from grpo.bench.ranks import Case, measured, model, planned
 from grpo.config import ConfigError, run_name
-from grpo.plan import AUDIO, Given, Micro, kept_bytes, main, plan, read_shape, synced_of, trained_of, weights_of
+from grpo.plan import (
+    AUDIO,
+    Given,
+    Micro,
+    kept_bytes,
+    main,
+    plan,
+    read_shape,
+    step_space,
+    synced_of,
+    trained_of,
+    weights_of,
+)
 from grpo.policy import Policy
 from grpo.sync.full import by_layer, weights
 from grpo.sync.names import whole_groups
@@ -100,6 +112,19 @@ def test_the_published_run_by_hand():
     assert p.step["completions"] == 36 and p.step["tokens of the update"] == 6 * (420 + 6 * 150)
 
 
+def test_what_a_step_of_the_optimizer_needs_by_hand():
+    def needs(lora=None, **how):
+        return step_space(OMNI_7B, lora, FULL, **how)
+
+    embeddings = 152_064 * 3584  # the largest weight
+    assert needs(stage=0, ranks=1, gpu=False) == 4 * 2 * embeddings
+    every = needs(stage=0, ranks=1, gpu=True) / 4
+    assert needs(stage=2, ranks=4, gpu=True) == 4 * every / 4 and needs(stage=2, ranks=4, gpu=False) == 8 * every / 4
+    # 50 million of a rank's weights and the last to come, the gradients copied
+    assert needs(stage=3, ranks=4, gpu=True) == 4 * 2 * (50_000_000 + embeddings / 4)
+    assert needs(LORA | {"r": 8}, stage=3, ranks=4, gpu=False) == 4 * 3 * 2_523_136 / 4
+
+
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_every_placement_fits_its_gpus_and_shares_evenly(name, capsys):
     cfg = composed(f"placement={name}")
@@ -118,6 +143,7 @@ def test_every_placement_fits_its_gpus_and_shares_evenly(name, capsys):
 def test_offload_moves_the_states_to_the_host():
     p = plan(composed("placement=4gpu_colocate", "engine=zero3_offload"), OMNI_7B, Given())
     assert "weights" in p.host and "weights" not in p.trainer and "optimizer" in p.host
+    assert p.host["optimizer's step"] and not any("step" in name for name in p.trainer)
 
 
 def test_the_command(checkpoint, capsys):
