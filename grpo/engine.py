@@ -37,7 +37,7 @@ from grpo.watch import WATCH
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 REDUCE_BUCKET = 50_000_000  # gradients that travel at once
-STEP_AT_ONCE = 50_000_000  # weights of a rank that stage 3 steps at once
+STEP_AT_ONCE = 50_000_000  # weights of a rank that stage 3 steps at once: as many, and the last of them whole
 LIVE = 1_000_000_000
 
 
@@ -101,7 +101,7 @@ def zero_config(*, stage: int, clip: float, dtype: str, world: int, offload: boo
             "stage": stage,
             "overlap_comm": False,  # one order of sums
             "reduce_bucket_size": REDUCE_BUCKET,  # memory, not results; the default's is 2 GB
-            "sub_group_size": STEP_AT_ONCE,  # the same: a step needs three times that in float32; the default's is 4 GB
+            "sub_group_size": STEP_AT_ONCE,  # memory: two to three times that in float32; the default's is 4 GB
             # DeepSpeed's own linear shifts bf16 log-probs by 1e-2, away from the rollout engine's.
             "memory_efficient_linear": False,
             # 0: also small tensors are really partitioned, so that tests on tiny models exercise what 7B does.

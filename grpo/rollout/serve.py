@@ -13,6 +13,7 @@ Standard library only: the keeper should be small and start at once.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hmac
 import importlib.util
 import json
@@ -226,12 +227,19 @@ def free_port(host: str = "127.0.0.1") -> int:
         holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
             holder.bind((host, port))  # refused where another is held or listened on
-        except OSError:
+        except OSError as error:
             holder.close()
+            if error.errno != errno.EADDRINUSE:
+                raise ServerError(f"no port on {host}: {error.strerror}") from error
             continue
+        port = holder.getsockname()[1]
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _HELD.append(holder)
-        return holder.getsockname()[1]
+        try:
+            refuse_taken(host, port)
+        except ServerError:  # a system on which a server could not bind what is held: it is free at least
+            _HELD.pop().close()
+        return port
     raise ServerError(f"no port is free on {host}")
 
 

@@ -58,7 +58,7 @@ ranks=(srun --mpi=none --kill-on-bad-exit=0 --wait=180 --nodes=@NODES@ --nodelis
                 exec "$@"' rank @CONTAINER@"${command[@]}")
 (exec "${ranks[@]}") &  # in brackets: else bash has a trap that is due run by the new process as well
 step=$!
-if ((told)); then kill -KILL "$step"; finish 75; fi  # it came meanwhile, and srun may not have heard of it
+if ((told)); then kill -KILL "$step" 2> /dev/null; finish 75; fi  # it came meanwhile, and srun may not have heard of it
 while true; do  # a trap ends `wait`, not what is waited for
     before=$told
     wait "$step"

@@ -7,6 +7,7 @@ for node in "${nodes[@]:@NODES@}"; do
     hosts+=("$(address "$node")")
     for ((i = 0; i < @SERVERS_PER_NODE@; i++)); do urls+=("http://$(address "$node"):$((port + 1 + i))"); done
 done
+if ((told)); then finish 75; fi
 serve=(srun --mpi=none --kill-on-bad-exit=1 --nodes=@SERVE_NODES@ --nodelist="$(comma "${nodes[@]:@NODES@}")"
        --ntasks=@SERVE_NODES@ --ntasks-per-node=1 --cpus-per-task=@SERVE_CPUS@
        bash -c 'hosts=($1); shift; exec "$@" --host="${hosts[$SLURM_PROCID]}"' serve "${hosts[*]}"
@@ -15,7 +16,9 @@ serve=(srun --mpi=none --kill-on-bad-exit=1 --nodes=@SERVE_NODES@ --nodelist="$(
 servers=$!
 trap 'kill "$servers" 2> /dev/null; wait "$servers" 2> /dev/null' EXIT
 (exec @PYTHON@ -m launch.health --pid "$servers" "${urls[@]}") &
-wait $!  # which a signal ends
+health=$!
+if ((told)); then finish 75; fi
+wait "$health"  # which a signal ends
 ready=$?
 if ((told)); then finish 75; fi
 if ((ready)); then say "no servers of rollouts"; exit 1; fi

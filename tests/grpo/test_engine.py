@@ -35,9 +35,10 @@ SGD = {
 }
 # Whole weights: plain descent, for AdamW makes a step of full size out of a gradient that is only rounding.
 FULL = {f"full-zero{stage}": {"stage": stage, "micro": 2, "full": True, "sgd": 0.1} for stage in (0, 1, 2, 3)}
-FULL["full-zero3-parted"] = FULL["full-zero3"] | {"at_once": 20_000}  # as of 7B: more than are stepped at once
+FULL["full-zero3-parted"] = FULL["full-zero3"] | {"at_once": 4_000}  # as of 7B: more than are stepped at once
 OFFLOAD = {"offload": {"stage": 3, "micro": 2, "offload": True},
            "full-offload": {"stage": 3, "micro": 2, "offload": True, "full": True, "sgd": 0.1}}  # fmt: skip
+OFFLOAD["full-offload-parted"] = OFFLOAD["full-offload"] | {"at_once": 4_000}
 RESUMED = {f"resumed-{dtype}-zero{stage}": {"stage": stage, "micro": 1, "dtype": dtype, "resume": True}
            for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)}  # fmt: skip
 RESUMED["resumed-float32-zero3-parted"] = RESUMED["resumed-float32-zero3"] | {"at_once": 100}

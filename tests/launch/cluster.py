@@ -116,11 +116,15 @@ class Cluster:
         has failed.
         """
         daemons = self.daemons(node)
-        for pid in daemons:
-            os.kill(pid, signal.SIGSTOP)
-        for pid in [*self.processes(node), *daemons]:
+        self.send(signal.SIGSTOP, daemons)
+        self.until(lambda: not self.send(signal.SIGKILL, self.processes(node)), 60, f"end of all that {node} ran")
+        self.send(signal.SIGKILL, daemons)
+
+    def send(self, number: int, processes: list[int]) -> list[int]:
+        for pid in processes:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
+        return processes
 
     def daemons(self, node: str) -> list[int]:
         """A node's slurmd and the slurmstepd of each step of a job, which is the parent of the step's processes.

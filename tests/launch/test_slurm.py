@@ -131,6 +131,16 @@ def test_a_signal_while_the_ranks_are_being_started_is_not_lost(tmp_path):
     assert ended == 75 and (tmp_path / "told").exists() and (tmp_path / "requeued").exists()
 
 
+@pytest.mark.parametrize("serve_nodes", [0, 1])
+def test_a_signal_before_anything_is_started_is_not_lost(tmp_path, serve_nodes):
+    mine = read("cpu").with_words([f"scratch={tmp_path}", f"serve_nodes={serve_nodes}", "setup=['kill -USR1 $$']"])
+    words = ["rollout=vllm_server"] if serve_nodes else []
+    ended, _ = execute(
+        slurm.render("train", mine, words, "a"), tmp_path, PROGRAMS | {"srun": "#!/bin/bash\n>$HERE/ran\n"}
+    )
+    assert ended == 75 and (tmp_path / "requeued").exists() and not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -508,6 +508,11 @@ def test_a_free_port_is_given_once_and_can_be_bound():
             socket.create_server(("127.0.0.1", port)).close()  # as servers do: with SO_REUSEADDR
 
 
+def test_no_port_of_another_machine():
+    with pytest.raises(ServerError, match=r"no port on 203\.0\.113\.1: Cannot assign requested address"):
+        serve_module.free_port("203.0.113.1")
+
+
 def test_no_vllm(monkeypatch):
     monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ServerError, match="vllm is not installed: install this project with its extra cpu or gpu"):
