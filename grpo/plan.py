@@ -195,8 +195,12 @@ def states(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, 
     }
 
 
-def step_space(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, ranks: int, gpu: bool) -> float:
-    """Bytes that come and go in AdamW's step on one rank: roots of the second moments, and a copy of the gradients."""
+def step_space(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, ranks: int, gpu: bool,
+               offload: bool = False) -> float:  # fmt: skip
+    """Bytes that come and go in AdamW's step on one rank: roots of the second moments, in stage 3 a copy of gradients.
+
+    With `offload` they are the host's, whose gradients need no copy.
+    """
     each = trained_of(shape, lora, full).values()
     if stage == 3:
         at_once = min(sum(each), STEP_AT_ONCE * ranks + max(each)) / ranks
@@ -204,7 +208,7 @@ def step_space(shape: Shape, lora: Mapping | None, full: str | None, *, stage: i
         at_once = sum(each) / ranks
     else:  # torch steps one weight after the other on a CPU, all together on a GPU
         at_once = sum(each) if gpu else max(each)
-    return 4 * at_once * ((1 if gpu else 2) + (stage == 3))
+    return 4 * at_once * ((1 if gpu and not offload else 2) + (stage == 3 and not offload))
 
 
 def work_space(shape: Shape, lora: Mapping | None, full: str | None, *, stage: int, ranks: int, dtype: str,
@@ -270,7 +274,7 @@ def plan(cfg: DictConfig, shape: Shape, given: Given) -> Plan:
                               checkpointing=cfg.model.gradient_checkpointing, live=cfg.engine.get("live", LIVE),
                               offload=cfg.engine.offload)  # fmt: skip
     if cfg.engine.offload:
-        out.host["optimizer's step"] = step_space(shape, lora, full, stage=stage, ranks=ranks, gpu=False)
+        out.host["optimizer's step"] = step_space(shape, lora, full, stage=stage, ranks=ranks, gpu=True, offload=True)
     out.host["audio cache, at most"] = cfg.audio_cache.memory_gib * 2**30
     token_kv = 2 * shape.layers * shape.kv_heads * shape.head_dim * size
     engines = place.get("engines", ranks)

@@ -217,7 +217,7 @@ def free_port(host: str = "127.0.0.1") -> int:
     """A free port, for a server that binds it seconds later, and sets SO_REUSEADDR as servers do.
 
     It lies where the system takes none for others, and until this process ends the next call, here or in another
-    process, gets another.
+    process, gets another. Raises ServerError where the host is not this machine, or has none.
     """
     ephemeral = Path("/proc/sys/net/ipv4/ip_local_port_range")
     low = int(ephemeral.read_text().split()[0]) if ephemeral.exists() else 0

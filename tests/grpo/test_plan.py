@@ -123,6 +123,7 @@ def test_what_a_step_of_the_optimizer_needs_by_hand():
     # 50 million of a rank's weights and the last to come, the gradients copied
     assert needs(stage=3, ranks=4, gpu=True) == 4 * 2 * (50_000_000 + embeddings / 4)
     assert needs(LORA | {"r": 8}, stage=3, ranks=4, gpu=False) == 4 * 3 * 2_523_136 / 4
+    assert needs(LORA | {"r": 8}, stage=3, ranks=4, gpu=True, offload=True) == 4 * 2 * 2_523_136 / 4  # the host's
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
